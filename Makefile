@@ -1,0 +1,46 @@
+# Every target makes $(VENV) first if it is missing, or older than pyproject.toml.
+#
+#   make demo       the needle bank: what this library is for, in a few minutes on a CPU
+#   make test       the test suite; ARGS="-n 4" or ARGS="tests/test_laws.py -k gla" go to pytest
+#   make check      lint, format, types
+#   make notebooks  executes notebooks/*.py, written to build/notebooks as .ipynb
+#   make clean      removes what was made
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter, VENV=folder where it is installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+IN_VENV = $(VENV)/bin/python
+
+.PHONY: setup demo test check notebooks clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+		echo "memjax needs Python 3.11 to 3.13, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1)." >&2; \
+		echo "Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing memjax and its tools into $(VENV) ($$($(PYTHON) --version), about 1 GB, some minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(IN_VENV) -m pip install -qq --disable-pip-version-check -e '.[dev,demo,export,laws,notebooks]'
+	@touch $@
+
+demo: setup
+	$(IN_VENV) -m experiments.needle_bank $(ARGS)
+
+test: setup
+	$(IN_VENV) -m pytest $(ARGS)
+
+check: setup
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m pyright --pythonpath $(IN_VENV)
+
+notebooks: setup
+	@rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.py build/notebooks
+	$(IN_VENV) -m jupytext --quiet --to ipynb --set-kernel python3 build/notebooks/*.py
+	PYTHONPATH=$(CURDIR) $(IN_VENV) -m pytest --nbmake build/notebooks/*.ipynb
+
+clean:
+	rm -rf .venv .venv313 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

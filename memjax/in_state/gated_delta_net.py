@@ -1,0 +1,154 @@
+"""Gated DeltaNet: the delta rule with a forget gate.
+
+The state is multiplied by a learned, data-dependent scalar, then one association in it is overwritten: v_t replaces
+what the key k_t recalled. The gate clears what is old, the delta rule keeps a repeated key from piling up values.
+
+Paper: Yang, Kautz, Hatamizadeh, Gated delta networks: improving Mamba2 with delta rule, arXiv 2412.06464 (2024).
+
+State:  S [b h k v] float32, the associations of each value head; conv, the last rows before the convolution.
+Update: Sbar = e^{g_t} S_{t-1};  u_t = beta_t (v_t - Sbar^T k_t);  S_t = Sbar + k_t u_t^T;  o_t = k**-0.5 S_t^T q_t
+        g_t = -exp(A_log) softplus(x_t W_a + dt_bias);  beta_t = sigmoid(x_t W_b)
+
+Differs from the paper: nothing. Grouped value heads and the doubled beta are those of flash-linear-attention.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from memjax.layers import gate, heads, l2_norm, linear, mask, merge, rms_norm, row, short_conv
+from memjax.memory import How, Memory, Param, Slot, constant, dense, normal
+from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
+
+
+class GatedDeltaNetState(NamedTuple):
+    S: Float[Array, "b h k v"]  # float32, the associations
+    conv: Float[Array, "b w c"]  # float32, the last conv_size - 1 rows of q, k, v before the convolution
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet(Memory):
+    """Gated DeltaNet over x [b, t, dim].
+
+    heads: query and key heads. v_heads: value heads, a multiple of `heads` (None: as many); value head j reads with
+    key head j // (v_heads / heads), and each has its own state [head_dim, head_dim * expand_v].
+    conv_size: width of the causal convolution on q, k and v. allow_neg_eigval: beta runs from 0 to 2 instead of 1, so
+    that a write can flip an association. use_gate: the output is multiplied by silu(x W_g).
+    """
+
+    dim: int
+    heads: int = 6
+    v_heads: int | None = None
+    head_dim: int = 256
+    expand_v: float = 2.0
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    use_gate: bool = True
+    norm_eps: float = 1e-5
+
+    implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
+
+    def __post_init__(self):
+        for name in ("dim", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GatedDeltaNet: {name} is {getattr(self, name)}, needs at least 1")
+        if self.hv < 1 or self.hv % self.heads:
+            raise ValueError(f"GatedDeltaNet: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
+        if self.v < 1 or self.v != self.head_dim * self.expand_v:
+            raise ValueError(
+                f"GatedDeltaNet: expand_v is {self.expand_v}, needs a whole head_dim * expand_v with head_dim = {self.head_dim}"
+            )
+        if self.conv_size < 2:
+            raise ValueError(f"GatedDeltaNet: conv_size is {self.conv_size}, needs at least 2")
+
+    @property
+    def hv(self) -> int:
+        """Value heads."""
+        return self.heads if self.v_heads is None else self.v_heads
+
+    @property
+    def v(self) -> int:
+        """Width of a value head."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def qkv(self) -> tuple[int, int, int]:
+        """Widths of q, k and v."""
+        return self.heads * self.head_dim, self.heads * self.head_dim, self.hv * self.v
+
+    def param_specs(self):
+        d, (q, k, v), hv = self.dim, self.qkv, self.hv
+        w_g = {"w_g": dense(d, v)} if self.use_gate else {}
+        return {
+            "w_q": dense(d, q),
+            "w_k": dense(d, k),
+            "w_v": dense(d, v),
+            "w_a": dense(d, hv, kind="gate"),
+            "w_b": dense(d, hv, kind="gate"),
+            **w_g,
+            "w_o": dense(v, d, ("heads", "model")),
+            "A_log": Param((hv,), ("heads",), _log_rate, "gate"),
+            "dt_bias": Param((hv,), ("heads",), _inverse_softplus_of_dt, "gate"),
+            "conv": Param((self.conv_size, q + k + v), (None, None), normal(self.conv_size**-0.5), "vector"),
+            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+        }
+
+    def state_specs(self, batch):
+        return GatedDeltaNetState(
+            S=Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value")),
+            conv=Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None)),
+        )
+
+    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        # q, k, v = silu(conv(x W)), then q and k of length 1
+        rows = jnp.concatenate([linear(x, params[w]) for w in ("w_q", "w_k", "w_v")], -1)
+        rows, conv = short_conv(
+            rows,
+            params["conv"],
+            state.conv,
+            valid=valid,
+            start=start,
+            activation="silu",
+            implementation=how.implementation,
+        )
+        q, k, v = jnp.split(rows, (self.qkv[0], sum(self.qkv[:2])), -1)
+        q, k, v = l2_norm(heads(q, self.heads)), l2_norm(heads(k, self.heads)), heads(v, self.hv)
+        # beta = sigmoid(x W_b), g = -exp(A_log) softplus(x W_a + dt_bias), both from the unconvolved x and in float32
+        beta = jax.nn.sigmoid(gate(x, params["w_b"])) * (2 if self.allow_neg_eigval else 1)
+        dt = jax.nn.softplus(gate(x, params["w_a"], params["dt_bias"]))
+        log_decay = -jnp.exp(row(params["A_log"], dt)) * dt
+        # S_t = e^g S_{t-1} + k u^T, o = k**-0.5 S^T q
+        k, v, beta, log_decay = mask(valid, k, v, beta, log_decay)
+        o, S = delta_rule(
+            q * self.head_dim**-0.5,
+            k,
+            v,
+            beta,
+            log_decay,
+            initial_state=state.S,
+            start=start,
+            implementation=how.implementation,
+        )
+        # y = W_o (RMSNorm(o) * silu(x W_g))
+        o = merge(rms_norm(o, params["norm"], self.norm_eps))
+        if self.use_gate:
+            o = o * jax.nn.silu(linear(x, params["w_g"]))
+        return linear(o, params["w_o"]), GatedDeltaNetState(S, conv)
+
+
+def _log_rate(key: Array, shape: tuple[int, ...]) -> Array:
+    """log U(0, 16), the ends of Mamba-2's decay rates; away from 0, whose logarithm is not finite."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-4, 16.0))
+
+
+def _inverse_softplus_of_dt(key: Array, shape: tuple[int, ...]) -> Array:
+    """The bias for which softplus gives a step dt, log-uniform between 0.001 and 0.1."""
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(0.001), math.log(0.1)))
+    return dt + jnp.log(-jnp.expm1(-dt))

@@ -1,0 +1,1 @@
+"""The memory is parameters that are looked up or edited: it does not grow with the input."""

@@ -1,0 +1,145 @@
+"""Generation through `step`: greedy or sampled, ragged prompts, all of it under one jit, whole or streamed.
+
+A language model here is any Memory over token ids whose y are logits. States are donated: a decoded token copies no cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from memjax.memory import How, Memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary; `stop` is the token that ends a row."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: int | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0")
+
+
+def sample(logits: Float[Array, "b v"], key: Array, how: Sampling = Sampling()) -> Int[Array, " b"]:
+    """One token a row from its logits."""
+    if how.temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / how.temperature
+    if how.top_k:
+        kth = lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if how.top_p < 1:
+        ordered = jnp.sort(logits, -1, descending=True)
+        p = jax.nn.softmax(ordered, -1)
+        kept = jnp.cumsum(p, -1) - p < how.top_p  # the token that crosses top_p is kept
+        smallest = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def prefill(
+    model: Memory, params: dict, state: Any, prompt: Int[Array, "b t"], valid: Bool[Array, "b t"], how: How = How()
+) -> tuple[Float[Array, "b v"], Any]:
+    """Read prompts (padding anywhere, valid False) and return the logits after the last valid token of each row."""
+    y, state = model.apply(params, state, prompt, valid=valid, how=how)
+    last = jnp.where(valid, jnp.arange(prompt.shape[1], dtype=jnp.int32)[None], 0).max(1)
+    return jax.vmap(lambda y, i: y[i])(y, last), state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n", "sampling", "how"), donate_argnames=("state",))
+def decode(
+    model: Memory,
+    params: dict,
+    state: Any,
+    logits: Float[Array, "b v"],
+    done: Bool[Array, " b"],
+    key: Array,
+    *,
+    n: int,
+    sampling: Sampling = Sampling(),
+    how: How = How(),
+) -> tuple[Int[Array, "b n"], Any, Float[Array, "b v"], Bool[Array, " b"]]:
+    """n tokens after `logits`: tokens [b, n] (-1 after the stop token), the state, the next logits, which rows ended.
+
+    A row that has ended reads no more tokens: its state stays as it was.
+    """
+
+    def body(carry, key):
+        state, logits, done = carry
+        token = sample(logits, key, sampling)
+        out = jnp.where(done, -1, token)
+        done = done if sampling.stop is None else done | (token == sampling.stop)
+        logits, state = model.step(params, state, token, valid=~done, how=how)
+        return (state, logits, done), out
+
+    (state, logits, done), tokens = lax.scan(body, (state, logits, done), jax.random.split(key, n))
+    return tokens.T, state, logits, done
+
+
+def generate(
+    model: Memory,
+    params: dict,
+    state: Any,
+    prompt: Int[Array, "b t"],
+    *,
+    steps: int,
+    valid: Bool[Array, "b t"] | None = None,
+    key: Array | None = None,
+    sampling: Sampling = Sampling(),
+    how: How = How(),
+) -> tuple[Int[Array, "b n"], Any]:
+    """Read `prompt` after `state`, then write `steps` tokens: tokens [b, steps] (-1 after the stop token), the new state.
+
+    valid: padding of ragged prompts, on either side. key: needed when sampling.
+    """
+    pieces = stream(model, params, state, prompt, steps=steps, block=steps, valid=valid, key=key, sampling=sampling, how=how)
+    ((tokens, state),) = pieces
+    return tokens, state
+
+
+def stream(
+    model: Memory,
+    params: dict,
+    state: Any,
+    prompt: Int[Array, "b t"],
+    *,
+    steps: int,
+    block: int = 1,
+    valid: Bool[Array, "b t"] | None = None,
+    key: Array | None = None,
+    sampling: Sampling = Sampling(),
+    how: How = How(),
+) -> Iterator[tuple[Int[Array, "b n"], Any]]:
+    """As `generate`, in pieces of `block` tokens: yields (tokens [b, block], state), and ends when every row has ended.
+
+    The state that is yielded last may be continued; earlier ones are consumed by the next piece.
+    """
+    if key is None:
+        if sampling.temperature:
+            raise ValueError("generate: sampling needs a key")
+        key = jax.random.key(0)
+    prompt = jnp.asarray(prompt, jnp.int32)
+    valid = jnp.ones(prompt.shape, jnp.bool_) if valid is None else jnp.asarray(valid)
+    logits, state = prefill(model, params, state, prompt, valid, how=how)
+    done = jnp.zeros(prompt.shape[0], jnp.bool_)
+    for begin in range(0, steps, block):
+        n = min(block, steps - begin)
+        now = jax.random.fold_in(key, begin)
+        tokens, state, logits, done = decode(model, params, state, logits, done, now, n=n, sampling=sampling, how=how)
+        yield tokens, state
+        if sampling.stop is not None and bool(np.all(np.asarray(done))):
+            return

@@ -1,0 +1,95 @@
+"""A decoder language model whose mixers are memories, itself a memory over token ids.
+
+x [b, t] int32 -> logits [b, t, vocab] float32. State: that of the body. `FeedForward` is the usual SwiGLU block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+
+from memjax.combinators import Combinator, Residual, Stack
+from memjax.layers import linear, rms_norm, wide
+from memjax.memory import How, Memory, Param, constant, dense, normal
+
+
+@dataclass(frozen=True)
+class FeedForward(Memory):
+    """SwiGLU: y = W_down (silu(x W_gate) * (x W_up)); it keeps no state. Source: Shazeer 2020, arXiv 2002.05202."""
+
+    dim: int
+    hidden: int
+
+    def param_specs(self):
+        return {
+            "w_gate": dense(self.dim, self.hidden, ("model", "mlp")),
+            "w_up": dense(self.dim, self.hidden, ("model", "mlp")),
+            "w_down": dense(self.hidden, self.dim, ("mlp", "model")),
+        }
+
+    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        h = jax.nn.silu(linear(x, params["w_gate"])) * linear(x, params["w_up"])
+        return linear(h, params["w_down"]), state
+
+
+def block(mixer: Memory, hidden: int, eps: float = 1e-6) -> Memory:
+    """A pre-norm decoder layer: x + mixer(norm(x)), then x + FeedForward(norm(x))."""
+    return Stack((Residual(mixer, eps), Residual(FeedForward(mixer.dim, hidden), eps)))
+
+
+@dataclass(frozen=True)
+class LanguageModel(Combinator):
+    """Embedding, body, norm, output matrix.
+
+    dtype: the compute dtype, since ids have none to give. tied: the output matrix is the embedding.
+    embed_std: standard deviation of the embedding's initial rows (None: dim**-0.5). logit_scale multiplies the logits.
+    """
+
+    body: Memory
+    vocab: int
+    dtype: str = "float32"
+    tied: bool = True
+    embed_std: float | None = None
+    logit_scale: float = 1.0
+    eps: float = 1e-6
+
+    takes_ids: ClassVar[bool] = True
+
+    @property
+    def reads_ids(self) -> int:  # type: ignore[override]
+        return self.vocab
+
+    def param_specs(self):
+        std = self.dim**-0.5 if self.embed_std is None else self.embed_std
+        head = {} if self.tied else {"head": dense(self.dim, self.vocab, ("model", "vocab"), "embedding")}
+        return {
+            "embed": Param((self.vocab, self.dim), ("vocab", "model"), normal(std), "embedding"),
+            "body": self.body.param_specs(),
+            "norm": Param((self.dim,), ("model",), constant(1), "vector"),
+            **head,
+        }
+
+    def state_specs(self, batch):
+        return {"body": self.body.state_specs(batch)}
+
+    def apply_with_aux(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        return super().apply_with_aux(params, state, x, ids=_or(ids, x), valid=valid, start=start, how=how)
+
+    def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        return super().step(params, state, x, ids=_or(ids, x), valid=valid, start=start, how=how)
+
+    def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        return super().write(params, state, x, ids=_or(ids, x), valid=valid, start=start, how=how)
+
+    def thread(self, call, params, state, x):
+        embedded = params["embed"][x].astype(self.dtype)
+        h, s, aux = call(self.body, params["body"], state["body"], embedded)
+        head = params["embed"].T if self.tied else params["head"]
+        logits = wide(linear(rms_norm(h, params["norm"], self.eps), head)) * self.logit_scale
+        return logits, {"body": s}, {"body": aux}
+
+
+def _or(ids, x):
+    return x if ids is None else ids

@@ -1,0 +1,72 @@
+"""Linear attention with no decay, a decay per head, or a decay per key channel."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_attention import reference, xla
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def linear_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    *,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    start: Bool[Array, "b t"] | None = None,
+    chunk_size: int = 64,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """S_t = diag(e^{log_decay_t}) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t.
+
+    Args:
+      q, k: [b t h k]. The caller scales q; nothing is normalised here.
+      v: [b t h v].
+      log_decay: natural log of the factor on the state before the write, finite and <= 0. None: the state never
+        decays (linear attention). [b t h]: one decay per head (retention, Mamba-2). [b t h k]: one per key channel
+        (GLA).
+      initial_state: [b h k v], zeros by default.
+      start: [b t], True where the state is cleared before the token, so that packed documents don't see each other.
+      chunk_size: tokens per chunk of the chunked forms, a power of two.
+      implementation: "reference" (a scan over tokens), "xla" (chunks, any device) or None: "reference" for at most
+        16 tokens, "xla" for more.
+
+    Padding is the caller's: k = v = 0 and log_decay = 0 at a token leave the state exactly as it is.
+
+    Returns:
+      o [b t h v] in the dtype of v, and the state after the last token [b h k v]. The state is float32, or float64 if
+      any array given is, and everything is accumulated in that dtype. A sequence may be cut anywhere: the final state
+      of one part is the initial state of the next.
+
+    Raises:
+      ValueError: shapes that don't fit, `start` that is not bool, a chunk_size that is no power of two, an
+        implementation that is not available.
+
+    References:
+      Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236; Yang et al., Gated linear attention transformers
+      with hardware-efficient training, arXiv 2312.06635 (the chunked form).
+    """
+    op = "linear_attention"
+    dispatch.check_rank(op, "q", q, "b t h k")
+    dispatch.check_rank(op, "v", v, "b t h v")
+    (b, t, h, d), e = q.shape, v.shape[-1]
+    dispatch.check_shape(op, "k", k, (b, t, h, d))
+    dispatch.check_shape(op, "v", v, (b, t, h, e))
+    dispatch.check_shape(op, "log_decay", log_decay, (b, t, h), (b, t, h, d))
+    dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
+    dispatch.check_shape(op, "start", start, (b, t))
+    dispatch.check_bool(op, "start", start)
+    dispatch.check_chunk_size(op, chunk_size)
+    name = dispatch.choose(op, implementation, IMPLEMENTATIONS, "reference" if t <= dispatch.SHORT else "xla")
+
+    dtype = dispatch.accumulator(q, k, v, log_decay, initial_state)
+    state = jnp.zeros((b, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
+    if name == "reference":
+        o, state = reference.linear_attention(q, k, v, log_decay, state, start)
+    else:
+        o, state = xla.linear_attention(q, k, v, log_decay, state, start, chunk_size)
+    return o.astype(v.dtype), state

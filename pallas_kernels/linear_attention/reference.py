@@ -1,0 +1,23 @@
+"""Linear attention, the definition: one token after another."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.scan import scan_tokens
+
+
+def linear_attention(
+    q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None
+) -> tuple[Array, Array]:
+    """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+
+    def step(S, now):
+        q, k, v, g = (a if a is None else a.astype(S.dtype) for a in now)
+        if g is not None:
+            S = jnp.exp(g)[..., None] * S
+        S = S + k[..., :, None] * v[..., None, :]
+        return S, jnp.einsum("bhk,bhkv->bhv", q, S, precision=lax.Precision.HIGHEST)
+
+    return scan_tokens(step, state, (q, k, v, log_decay), start=start)

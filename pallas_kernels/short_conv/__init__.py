@@ -1,0 +1,67 @@
+"""Causal depthwise convolution over the last few tokens, and the row reader beneath it."""
+
+from typing import Literal
+
+import jax
+from jax import Array
+from jaxtyping import Bool, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.short_conv import reference, xla
+from pallas_kernels.short_conv.xla import taps as taps
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def short_conv(
+    x: Float[Array, "b t c"],
+    weight: Float[Array, "w c"],
+    cache: Float[Array, "b w-1 c"],
+    *,
+    valid: Bool[Array, "b t"] | None = None,
+    start: Bool[Array, "b t"] | None = None,
+    bias: Float[Array, " c"] | None = None,
+    activation: Literal["silu"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b t c"], Float[Array, "b w-1 c"]]:
+    """y_t = activation(bias + sum_j weight_j * x_{t-(w-1)+j}), channel by channel.
+
+    Args:
+      x: [b t c].
+      weight: [w c], the last row belongs to the current token.
+      cache: [b w-1 c], the last rows of x before this call, oldest first; zeros where the document has none. Rows
+        are rounded to its dtype, inside the call too, so that cutting a sequence changes nothing.
+      valid: [b t], False where a token is skipped: it is no row of any other token and doesn't enter the cache, and
+        its y is arbitrary but finite, whatever x is there. Costs one gather there and one back.
+      start: [b t], True where a document begins: rows before it read as 0, even if the token itself is not valid.
+      bias: [c].
+      activation: "silu" or None.
+      implementation: "reference" (a scan over tokens), "xla" (any device) or None: "xla".
+
+    Returns:
+      y [b t c] in the dtype of x, summed in float32 (float64 if any array is), and the new cache.
+
+    Raises:
+      ValueError: shapes that don't fit, masks that are not bool, an unknown activation or implementation.
+    """
+    op = "short_conv"
+    dispatch.check_rank(op, "x", x, "b t c")
+    dispatch.check_rank(op, "weight", weight, "w c")
+    (b, t, c), w = x.shape, weight.shape[0]
+    dispatch.check_shape(op, "weight", weight, (w, c))
+    dispatch.check_shape(op, "cache", cache, (b, w - 1, c))
+    dispatch.check_shape(op, "bias", bias, (c,))
+    for name, mask in (("valid", valid), ("start", start)):
+        dispatch.check_shape(op, name, mask, (b, t))
+        dispatch.check_bool(op, name, mask)
+    if activation not in (None, "silu"):
+        raise ValueError(f"{op}: activation is {activation!r}, needs None or 'silu'")
+
+    dtype = dispatch.accumulator(x, weight, cache, bias)
+    run = {"reference": reference.short_conv, "xla": xla.short_conv}[
+        dispatch.choose(op, implementation, IMPLEMENTATIONS, "xla")
+    ]
+    y, cache = run(x, weight.astype(dtype), cache, valid, start)
+    if bias is not None:
+        y = y + bias.astype(dtype)[None, None]
+    return (jax.nn.silu(y) if activation == "silu" else y).astype(x.dtype), cache

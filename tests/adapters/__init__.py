@@ -1,0 +1,75 @@
+"""Adapters: how each golden file's arrays are given to this library and its results named as in the file.
+
+A module here defines SYSTEMS, name of a system -> function(arrays, cfg) -> {array name: result}. `arrays` are those of
+the file, floats in the dtype to run in; `cfg` is the file's cfg_json. A result may also be a dict {label: array} of the
+same quantity computed in several ways, of which the worst is judged. A module may define TOLERANCES, name of a system
+-> {pattern of an array's name: tolerance}; such a system is judged in float32 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+Results = dict[str, Any]
+
+# Adapters run once: compiling is all the time they take.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+class GoldenError(Exception):
+    """A file that can't be judged: unreadable, not a golden file, or of a system without an adapter."""
+
+
+class Tail(NamedTuple):
+    """A result that stands for the end of the array's last axis: what the reference keeps before it, we don't hold."""
+
+    array: jax.Array
+
+
+def given(arrays: Arrays, *names: str) -> dict[str, jax.Array]:
+    """The inputs in_<name> of the file, by name, on the device; those that the file has not are left out."""
+    return {name: jnp.asarray(arrays[f"in_{name}"]) for name in names if f"in_{name}" in arrays}
+
+
+def parameters(arrays: Arrays) -> dict[str, jax.Array]:
+    """All param_<name> of the file, by name, on the device."""
+    return {name.removeprefix("param_"): jnp.asarray(a) for name, a in arrays.items() if name.startswith("param_")}
+
+
+def in_dtype(tree: Any, dtype: Any) -> Any:
+    """A state whose floats have the dtype of the run."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def expect(system: str, cfg: Mapping[str, Any], **fixed: Any) -> None:
+    """Raise GoldenError where the file asks for something that the architecture, as published, doesn't have."""
+    for key, value in fixed.items():
+        if key in cfg and cfg[key] != value:
+            raise GoldenError(f"{system}: cfg_json has {key} = {cfg[key]!r}, this adapter runs only {value!r}")
+
+
+def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, cotangents: Any) -> tuple[Any, Any, Any]:
+    """(outputs, aux) of run(inputs), and the gradients of sum(outputs * cotangents) in the structure of inputs."""
+
+    def both(inputs, cotangents):
+        outputs, pull, aux = jax.vjp(run, inputs, has_aux=True)
+        return outputs, aux, pull(cotangents)[0]
+
+    return jax.jit(both, compiler_options=dict(QUICK) if jax.default_backend() == "cpu" else None)(inputs, cotangents)
+
+
+def each(labels: Iterable[str], compute: Callable[[str], Results]) -> Results:
+    """The results of `compute(label)` for every label, together under each array's name."""
+    runs = {label: compute(label) for label in labels}
+    names = next(iter(runs.values()))
+    return {name: {label: run[name] for label, run in runs.items()} for name in names}

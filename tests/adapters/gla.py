@@ -1,0 +1,121 @@
+"""Linear attention as an op (no decay, one per head, one per channel), and the layer of gated linear attention."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.in_state.gla import GatedLinearAttention
+from memjax.memory import How
+from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
+from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, value_and_grads
+
+
+def op(arrays: Arrays, cfg: dict) -> Results:
+    """out_o, out_final_state and the gradients of sum(o do) + sum(final_state dht)."""
+    inputs = given(arrays, "q", "k", "v", "g", "gk", "h0")
+    cotangents = given(arrays, "do", "dht")
+
+    def compute(implementation: str) -> Results:
+        def run(a):
+            log_decay = a.get("g", a.get("gk"))
+            o, final_state = linear_attention(
+                a["q"] * cfg["scale"], a["k"], a["v"], log_decay, initial_state=a["h0"], implementation=implementation
+            )
+            return {"do": o, "dht": final_state}, {}
+
+        out, _, grads = value_and_grads(run, inputs, cotangents)
+        return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
+
+    return each(IMPLEMENTATIONS, compute)
+
+
+def plain_and_normalised(arrays: Arrays, cfg: dict) -> Results:
+    """`op` without decay, and divided by scale q.z + eps, where z, the sum of the keys, is the state of a value 1."""
+    expect("linear_attention", cfg["plain"], normalize=False)
+    expect("linear_attention", cfg["norm"], normalize=True)
+    scale, eps = cfg["norm"]["scale"], cfg["norm"]["eps"]
+    inputs = given(arrays, "q_pos", "k_pos", "v", "h0", "z0")
+
+    def compute(implementation: str) -> Results:
+        def run(a):
+            v = jnp.concatenate([a["v"], jnp.ones_like(a["v"][..., :1])], -1)
+            state = jnp.concatenate([a["h0"], jnp.moveaxis(a["z0"], 1, -1)], -1)
+            o, state = linear_attention(
+                a["q_pos"] * scale, a["k_pos"], v, initial_state=state, implementation=implementation
+            )
+            return o[..., :-1] / (o[..., -1:] + eps), state
+
+        o, state, grads = value_and_grads(run, inputs, jnp.asarray(arrays["in_do"]))
+        return {
+            "out_o_norm": o,
+            "out_final_state_norm": state[..., :-1],
+            "out_final_z_norm": jnp.moveaxis(state[..., -1:], -1, 1),
+            **{f"grad_norm_{n}": g for n, g in grads.items()},
+        }
+
+    return op(arrays, cfg["plain"]) | each(IMPLEMENTATIONS, compute)
+
+
+def retention(arrays: Arrays, cfg: dict) -> Results:
+    """`op` with the fixed decay log(1 - 2**-(offset + h)) of head h; also from a state of zeros."""
+    expect("retnet", cfg, rotary=False)
+    b, t, h, _ = arrays["in_q"].shape
+    log_decay = np.log1p(-(2.0 ** -(cfg["decay_exponent_offset"] + np.arange(h)))).astype(arrays["in_q"].dtype)
+    arrays = {**arrays, "in_g": np.broadcast_to(log_decay, (b, t, h))}
+    empty = op({**arrays, "in_h0": np.zeros_like(arrays["in_h0"])}, cfg)
+    return {**op(arrays, cfg), "out_o_zero_state": empty["out_o"], "out_log_decay": log_decay}
+
+
+def layer(arrays: Arrays, cfg: dict) -> Results:
+    """out_y, the state, and the gradients of sum(y do). The weights of the file are [out, in]."""
+    fixed = {"conv_bias": False, "conv_activation": "silu", "conv_streams": ["q", "k", "v"], "feature_map": None}
+    expect("gla_layer", cfg, **fixed, gate_activation="silu")
+    memory = GatedLinearAttention(
+        dim=cfg["dim"],
+        heads=cfg["heads"],
+        kv_heads=cfg.get("kv_heads"),
+        expand_k=float(cfg["expand_k"]),
+        expand_v=float(cfg["expand_v"]),
+        gate_low_rank_dim=cfg["gate_low_rank_dim"],
+        gate_logit_normalizer=float(cfg["gate_logit_normalizer"]),
+        clamp_min=None if cfg["clamp_min"] is None else float(cfg["clamp_min"]),
+        use_short_conv=cfg["use_short_conv"],
+        conv_size=cfg["conv_size"],
+        use_gate=cfg["use_gate"],
+        norm_eps=cfg["norm_eps"],
+    )
+    expect("gla_layer", cfg, head_k_dim=memory.k, head_v_dim=memory.v, scale=memory.k**-0.5)
+    inputs = given(arrays, "x", "do")
+    ends_of_q_and_k = np.cumsum(memory.qkv)[:-1].tolist()
+    norm = "g_norm_swish_gate.weight" if memory.use_gate else "g_norm.weight"
+
+    def run(a, implementation):
+        theirs, x = a["params"], a["x"]
+        params = {f"w_{n}": theirs[f"{n}_proj.weight"].T for n in ("qkvgo" if memory.use_gate else "qkvo")}
+        params |= {"w_gk1": theirs["gk_proj.0.weight"].T, "w_gk2": theirs["gk_proj.1.weight"].T}
+        params |= {"b_gk": theirs["gk_proj.1.bias"], "norm": theirs[norm]}
+        if memory.use_short_conv:
+            params["conv"] = jnp.concatenate([theirs[f"{n}_conv1d.weight"][:, 0].T for n in "qkv"], -1)
+        state = in_dtype(memory.init_state(x.shape[0]), x.dtype)
+        return memory.apply(params, state, x, how=How(implementation))
+
+    def compute(implementation: str) -> Results:
+        given_to_run = {"x": inputs["x"], "params": parameters(arrays)}
+        y, state, grads = value_and_grads(lambda a: run(a, implementation), given_to_run, inputs["do"])
+        results = {"out_y": y, "out_state": state.S, "grad_x": grads["x"]}
+        if memory.use_short_conv:
+            conv = jnp.split(jnp.swapaxes(state.conv, 1, 2), ends_of_q_and_k, 1)
+            results |= {f"out_conv{i}": Tail(a) for i, a in enumerate(conv)}
+        return results | {f"grad_param_{n}": g for n, g in grads["params"].items()}
+
+    return each(memory.implementations, compute)
+
+
+SYSTEMS = {
+    "gla": op,
+    "gla_layer": layer,
+    "linear_attention": plain_and_normalised,
+    "retnet": retention,
+    "simple_gla": op,
+}

@@ -1,0 +1,49 @@
+"""The environment of the tests: stricter than a user's, and the same on every machine.
+
+Silent promotion, silent broadcasting and wrong shapes are errors here, so that they can't hide in the library. (That
+warnings are errors, and which tests run by default, stands in pyproject.toml.)
+"""
+
+import os
+
+# Tests don't depend on the accelerator that happens to be there. Eight devices, because the sharded law needs more
+# than one and two would not tell an axis from its neighbour. JAX reads both when it is imported, hence before it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+# A bfloat16 array that meets a float32 one becomes float32 without a word; in a library that promises the dtype of x
+# that is always a mistake.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# [b, t] + [t] broadcasts to something that may even have the right shape.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A compilation cache shared between runs would let a test pass on a program that another jax or another flag compiled.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# Annotations are checked at every call: beartype sees the types, jaxtyping that one letter means one size. It works
+# on modules that are imported later, hence before any import of the two packages.
+jaxtyping.install_import_hook(["memjax", "pallas_kernels"], "beartype.beartype")
+
+# The same examples in every run, so that a red test is red for everyone. No deadline: the first example compiles.
+# `pytest --hypothesis-profile=default` searches anew.
+hypothesis.settings.register_profile("memjax", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("memjax")
+
+
+@pytest.fixture
+def as_user(monkeypatch):
+    """Call the library as a user does, without the type checker: for tests of the library's own error messages."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's own dtype promotion: for tests that take an optax step, whose bias correction raises a float to an int."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
