@@ -199,7 +199,18 @@ def attention(
 
     Softmax in float32. A row that sees nothing gives exactly 0.
     """
+    if q.dtype == jnp.float64:
+        return _attention64(q, k, v, visible, q.shape[-1] ** -0.5 if scale is None else scale)
     m = visible[:, None]
     with jax.numpy_dtype_promotion("standard"):  # jax's own code promotes bfloat16 logits
         o = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=m, scale=scale, implementation="xla")
     return jnp.where(visible.any(-1)[..., None, None], o, jnp.zeros((), o.dtype))
+
+
+def _attention64(q, k, v, visible, scale):
+    """The same in float64: jax's own rounds its softmax to float32, too coarse for finite differences."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    logits = jnp.einsum("btgrd,bugd->bgrtu", grouped, k.astype(q.dtype)) * scale
+    m = visible[:, None, None]
+    weights = jnp.where(m, jax.nn.softmax(jnp.where(m, logits, jnp.finfo(q.dtype).min), -1), 0.0)
+    return jnp.einsum("bgrtu,bugd->btgrd", weights, v.astype(q.dtype)).reshape(q.shape[:3] + v.shape[-1:])

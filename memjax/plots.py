@@ -14,23 +14,30 @@ INK, LINE, GRID = "#333333", "#2a6f97", "#e6e6e6"
 def plot_loss(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
     """Draw every series of a metrics file (`memjax.train.JSONLWriter`) over the steps, one panel a series, to a PNG.
 
-    A series that is positive and spans a factor of ten or more has a logarithmic axis. Points that are not finite are left out.
+    A positive series that spans a factor of ten or more has a logarithmic axis. Points that are not finite are left
+    out.
 
     Raises:
       DataError: the file is missing, has a line that is not a JSON object with "step", or has no series.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
     series = _read(Path(jsonl_path))
-    figure = Figure(figsize=(7, 0.6 + 1.9 * len(series)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 1.5 * len(series)), dpi=150, layout="constrained")
     panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (name, (steps, values)) in zip(panels, series.items(), strict=True):
         panel.plot(steps, values, color=LINE, linewidth=1.4, marker="." if len(steps) < 30 else None)
         if min(values) > 0 and max(values) / min(values) >= 10:
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_minor_locator(NullLocator())
+        thousands = max(map(abs, values)) >= 1e4
+        panel.yaxis.set_major_formatter(EngFormatter(sep="") if thousands else StrMethodFormatter("{x:g}"))
+        last = EngFormatter(places=1, sep="")(values[-1]) if thousands else f"{values[-1]:.4g}"
         panel.set_title(name.replace("_", " "), loc="left", fontsize=10, color=INK)
-        panel.annotate(f"{values[-1]:.4g}", (1, 1.03), xycoords="axes fraction", ha="right", fontsize=9, color=LINE)
+        panel.set_title(last, loc="right", fontsize=9, color=LINE)
         panel.grid(color=GRID, linewidth=0.8)
         panel.tick_params(colors=INK, labelsize=8, length=0)
         panel.spines[:].set_visible(False)

@@ -103,7 +103,7 @@ def judge(path: str | Path) -> list[Row]:
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise GoldenError(f"{path}: can't be read as .npz: {error}") from error
@@ -123,9 +123,12 @@ def _judged(name: str, a: np.ndarray) -> bool:
 def _run(path: Path, system: str, arrays: Mapping[str, np.ndarray], cfg: dict, dtype: Any) -> list[Row]:
     inputs = {name: a.astype(dtype) if np.issubdtype(a.dtype, np.floating) else a for name, a in arrays.items()}
     try:
-        results = ADAPTERS[system](inputs, cfg)
+        with jax.default_matmul_precision("highest"):  # an accelerator would multiply float32 in fewer bits
+            results = ADAPTERS[system](inputs, cfg)
     except KeyError as error:
         raise GoldenError(f"{path}: has no {error}, which the adapter of {system} reads") from error
+    except GoldenError as error:
+        raise GoldenError(f"{path}: {error}") from error
     note = " ".join(np.ravel(arrays.get("note", "")).astype(str))
     rows = []
     for name, ref in arrays.items():
@@ -136,7 +139,7 @@ def _run(path: Path, system: str, arrays: Mapping[str, np.ndarray], cfg: dict, d
 
 
 def tolerance(array: str, note: str, own: Mapping[str, float] | None = None) -> float:
-    """The allowed error of an array: the first of the system's own patterns that fits its name, else the general rule."""
+    """The allowed error of an array: the first of the system's patterns that fits its name, else the common rule."""
     for pattern, value in (own or {}).items():
         if fnmatch.fnmatchcase(array, pattern):
             return value
@@ -182,7 +185,7 @@ def error(x: np.ndarray, ref: np.ndarray) -> float:
 
 def _line(file: str, row: Row) -> str:
     verdict = "PASS" if row.ok else "FAIL"
-    return f"{file}  {row.array:32}  {row.error:8.1e}  <= {row.tolerance:7.1e}  {verdict}  {row.note}".rstrip()
+    return f"{file}  {row.array:36}  {row.error:8.1e}  <= {row.tolerance:7.1e}  {verdict}  {row.note}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ def test_one_panel_a_series(tmp_path):
 
     with Image.open(tmp_path / "plots" / "loss.png") as image:
         image.load()
-        assert image.size == (1050, round((0.6 + 2 * 1.9) * 150)) and len(image.convert("RGB").getcolors(1 << 20)) > 20
+        assert image.size == (1050, round((0.6 + 2 * 1.5) * 150)) and len(image.convert("RGB").getcolors(1 << 20)) > 20
     assert [p.name for p in (tmp_path / "plots").iterdir()] == ["loss.png"]
 
 

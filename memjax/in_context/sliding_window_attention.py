@@ -3,8 +3,8 @@
 Inside the window nothing is lost, behind it nothing is known. The keys and values stand in a ring, so the cost of a
 token and the size of the state don't depend on what was read before.
 
-Paper: Beltagy, Peters, Cohan, Longformer: the long-document transformer, arXiv 2004.05150 (2020); the ring cache is
-that of Jiang et al., Mistral 7B, arXiv 2310.06825 (2023).
+Paper: Beltagy, Peters, Cohan, Longformer: the long-document transformer, arXiv 2004.05150 (2020). The ring cache is
+that of Jiang et al., Mistral 7B, arXiv 2310.06825 (2023), the positions those of Su et al., RoFormer, arXiv 2104.09864.
 
 State:  Ring: k, v [b c h d] with c = window, keys rotated at their position in the document; count [b] int32.
 Update: o_t = sum_i softmax_i(d**-0.5 q_t . k_i) v_i over i = t - window + 1 .. t of the same document
@@ -48,13 +48,19 @@ class SlidingWindowAttention(Memory):
             if getattr(self, name) < 1:
                 raise ValueError(f"SlidingWindowAttention: {name} is {getattr(self, name)}, needs at least 1")
         if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(f"SlidingWindowAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
+            raise ValueError(
+                f"SlidingWindowAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}"
+            )
         if self.head_dim is None and self.dim % self.heads:
-            raise ValueError(f"SlidingWindowAttention: heads is {self.heads}, needs a divisor of dim = {self.dim}, or a head_dim")
+            raise ValueError(
+                f"SlidingWindowAttention: heads is {self.heads}, needs a divisor of dim = {self.dim}, or a head_dim"
+            )
         if self.d < 1 or (self.rotary and self.d % 2):
             raise ValueError(f"SlidingWindowAttention: head_dim is {self.d}, needs an even number for rotary positions")
         if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(f"SlidingWindowAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}")
+            raise ValueError(
+                f"SlidingWindowAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}"
+            )
 
     @property
     def hkv(self) -> int:

@@ -62,8 +62,9 @@ class GatedDeltaNet(Memory):
         if self.hv < 1 or self.hv % self.heads:
             raise ValueError(f"GatedDeltaNet: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
         if self.v < 1 or self.v != self.head_dim * self.expand_v:
+            width = f"{self.head_dim} * {self.expand_v}"
             raise ValueError(
-                f"GatedDeltaNet: expand_v is {self.expand_v}, needs a whole head_dim * expand_v with head_dim = {self.head_dim}"
+                f"GatedDeltaNet: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole"
             )
         if self.conv_size < 2:
             raise ValueError(f"GatedDeltaNet: conv_size is {self.conv_size}, needs at least 2")
@@ -125,16 +126,10 @@ class GatedDeltaNet(Memory):
         dt = jax.nn.softplus(gate(x, params["w_a"], params["dt_bias"]))
         log_decay = -jnp.exp(row(params["A_log"], dt)) * dt
         # S_t = e^g S_{t-1} + k u^T, o = k**-0.5 S^T q
+        q = q * self.head_dim**-0.5
         k, v, beta, log_decay = mask(valid, k, v, beta, log_decay)
         o, S = delta_rule(
-            q * self.head_dim**-0.5,
-            k,
-            v,
-            beta,
-            log_decay,
-            initial_state=state.S,
-            start=start,
-            implementation=how.implementation,
+            q, k, v, beta, log_decay, initial_state=state.S, start=start, implementation=how.implementation
         )
         # y = W_o (RMSNorm(o) * silu(x W_g))
         o = merge(rms_norm(o, params["norm"], self.norm_eps))
@@ -144,7 +139,7 @@ class GatedDeltaNet(Memory):
 
 
 def _log_rate(key: Array, shape: tuple[int, ...]) -> Array:
-    """log U(0, 16), the ends of Mamba-2's decay rates; away from 0, whose logarithm is not finite."""
+    """log U(0, 16): decay rates as in Mamba-2, kept away from 0, whose logarithm is not finite."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-4, 16.0))
 
 

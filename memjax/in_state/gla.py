@@ -10,7 +10,8 @@ State:  S [b h k v] float32, the associations of each head; conv, the last rows 
 Update: S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T;  o_t = k**-0.5 S_t^T q_t
         g_t = logsigmoid(x_t W_gk1 W_gk2 + b_gk) / 16
 
-Differs from the paper: nothing. The optional convolution and shared key-value heads are those of flash-linear-attention.
+Differs from the paper: nothing. The optional convolution and the shared key-value heads are those of
+flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class GatedLinearAttention(Memory):
                     f"to be a multiple of heads = {self.heads}"
                 )
         if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(f"GatedLinearAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
+            raise ValueError(
+                f"GatedLinearAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}"
+            )
         if self.gate_logit_normalizer <= 0:
             raise ValueError(f"GatedLinearAttention: gate_logit_normalizer is {self.gate_logit_normalizer}, needs > 0")
         if self.clamp_min is not None and self.clamp_min > 0:
@@ -128,8 +131,9 @@ class GatedLinearAttention(Memory):
         q, k, v = (linear(x, params[w]) for w in ("w_q", "w_k", "w_v"))
         conv = state.conv
         if self.use_short_conv:
-            rows, conv = short_conv(
-                jnp.concatenate([q, k, v], -1),
+            qkv = jnp.concatenate([q, k, v], -1)
+            qkv, conv = short_conv(
+                qkv,
                 params["conv"],
                 conv,
                 valid=valid,
@@ -137,24 +141,18 @@ class GatedLinearAttention(Memory):
                 activation="silu",
                 implementation=how.implementation,
             )
-            q, k, v = jnp.split(rows, (self.qkv[0], sum(self.qkv[:2])), -1)
+            q, k, v = jnp.split(qkv, (self.qkv[0], sum(self.qkv[:2])), -1)
         # g = logsigmoid(x W_gk1 W_gk2 + b) / 16, in float32
         logits = gate(linear(x, params["w_gk1"]), params["w_gk2"], params["b_gk"])
         log_decay = jax.nn.log_sigmoid(logits) / self.gate_logit_normalizer
         if self.clamp_min is not None:
             log_decay = jnp.maximum(log_decay, self.clamp_min)
         # S_t = diag(e^g) S_{t-1} + k v^T, o = k**-0.5 S^T q
-        q = heads(q, self.heads)
+        q = heads(q, self.heads) * self.k**-0.5
         k, v, log_decay = (jnp.repeat(heads(a, self.hkv), self.heads // self.hkv, 2) for a in (k, v, log_decay))
         k, v, log_decay = mask(valid, k, v, log_decay)
         o, S = linear_attention(
-            q * self.k**-0.5,
-            k,
-            v,
-            log_decay,
-            initial_state=state.S,
-            start=start,
-            implementation=how.implementation,
+            q, k, v, log_decay, initial_state=state.S, start=start, implementation=how.implementation
         )
         # y = W_o (RMSNorm(o) * silu(x W_g))
         o = merge(rms_norm(o, params["norm"], self.norm_eps))

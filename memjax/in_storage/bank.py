@@ -59,7 +59,9 @@ def reserve(bank: Bank, chunks: int, documents: int) -> Bank:
     xp = _library(bank, "reserve")
 
     def more(a, axis, size, fill):
-        return xp.concatenate([a, xp.full((*a.shape[:axis], size - a.shape[axis], *a.shape[axis + 1 :]), fill, a.dtype)], axis)
+        return xp.concatenate(
+            [a, xp.full((*a.shape[:axis], size - a.shape[axis], *a.shape[axis + 1 :]), fill, a.dtype)], axis
+        )
 
     return Bank(
         *(more(a, 1, chunks, 0) for a in bank[:3]),
@@ -119,11 +121,13 @@ def append(
 
 
 def delete(bank: Bank, document: int) -> Bank:
-    """The bank without one document: its chunks are never chosen again; no other document changes its number or bits."""
+    """The bank without one document, whose chunks are never chosen again; no other changes its number or its bits."""
     xp = _library(bank, "delete")
     length = int(bank.doc_len[document]) if 0 <= document < bank.doc_len.shape[0] else 0
     if not length:
-        raise BankError(f"delete: no document {document}; the bank has {int((np.asarray(bank.doc_len) > 0).sum())} documents")
+        raise BankError(
+            f"delete: no document {document}; the bank has {int((np.asarray(bank.doc_len) > 0).sum())} documents"
+        )
     gone = bank.chunk_doc == document
     return bank._replace(
         rk=xp.where(gone[None, :, None, None], xp.zeros((), bank.rk.dtype), bank.rk),
@@ -159,9 +163,9 @@ def route(
     """The best documents of one layer for each row.
 
     Args:
-      queries: for head_reduce "mean" one vector per key-value head (g = h): the unit routing queries of its group summed
-        and divided by the number of query heads, which is exact. For "max" the unit queries of all heads (g = H), in
-        groups of H / h.
+      queries: for head_reduce "mean" one vector per key-value head (g = h): the unit routing queries of its group
+        summed and divided by the number of query heads, which is exact. For "max" the unit queries of all heads
+        (g = H), in groups of H / h.
       routes: which tokens ask; the others, and padding, count for nothing.
       top_k: documents per row; query_reduce, chunk_reduce: over the tokens of a row, over the chunks of a document.
 
@@ -174,19 +178,33 @@ def route(
     """
     if not 0 <= layer < bank.rk.shape[0]:
         raise ValueError(f"route: layer is {layer}, the bank has {bank.rk.shape[0]}")
-    (_, chunks, h, d), (b, _, g, width) = bank.rk.shape, queries.shape
+    (_, chunks, h, d), (_, _, g, width) = bank.rk.shape, queries.shape
     if width != d or (g % h if head_reduce == "max" else g != h):
-        raise ValueError(f"route: queries are {list(queries.shape)} for head_reduce={head_reduce!r}, the bank has {h} x {d}")
+        raise ValueError(
+            f"route: queries are {list(queries.shape)} for head_reduce={head_reduce!r}, the bank has {h} x {d}"
+        )
     if routes.shape != queries.shape[:2] or top_k < 1:
-        raise ValueError(f"route: routes is {list(routes.shape)}, needs {list(queries.shape[:2])}; top_k is {top_k}, needs >= 1")
+        raise ValueError(
+            f"route: routes is {list(routes.shape)}, needs {list(queries.shape[:2])}; top_k is {top_k}, needs >= 1"
+        )
+    for name, found, known in (
+        ("head_reduce", head_reduce, ("mean", "max")),
+        ("query_reduce", query_reduce, ("max", "mean", "last")),
+        ("chunk_reduce", chunk_reduce, ("max", "mean")),
+    ):
+        if found not in known:
+            raise ValueError(f"route: {name} is {found!r}, needs one of {known}")
     reduce = _Reduce(head_reduce, query_reduce, chunk_reduce)
     if isinstance(bank.rk, jax.Array):
-        return _route_on_device(bank.rk, bank.chunk_doc, bank.doc_len, layer, queries, routes, reduce=reduce, top_k=top_k)
+        return _route_on_device(
+            bank.rk, bank.chunk_doc, bank.doc_len, layer, queries, routes, reduce=reduce, top_k=top_k
+        )
     queries, routes = jnp.asarray(queries), jnp.asarray(routes)
     totals = _no_scores(len(bank.doc_len), queries, reduce)
     tile = _tile(chunks)
     for at in range(0, chunks, tile):
-        keys, docs = np.asarray(bank.rk[layer, at : at + tile]), np.asarray(bank.chunk_doc[at : at + tile])
+        some = slice(at, min(at + tile, chunks))
+        keys, docs = np.asarray(bank.rk[layer, some]), np.asarray(bank.chunk_doc[some])
         if spare := tile - len(docs):
             keys = np.concatenate([keys, np.zeros((spare, h, d), keys.dtype)])
             docs = np.concatenate([docs, np.full(spare, -1, docs.dtype)])
@@ -232,15 +250,22 @@ def _route_on_device(rk, chunk_doc, doc_len, layer, queries, routes, *, reduce: 
     chunks, tile = rk.shape[1], _tile(rk.shape[1])
     if 0 < chunks < tile:
         keys = jnp.pad(lax.dynamic_index_in_dim(rk, layer, keepdims=False), ((0, tile - chunks), (0, 0), (0, 0)))
-        totals = _add_tile(totals, keys, jnp.pad(chunk_doc, (0, tile - chunks), constant_values=-1), queries, routes, reduce=reduce)
+        totals = _add_tile(
+            totals, keys, jnp.pad(chunk_doc, (0, tile - chunks), constant_values=-1), queries, routes, reduce=reduce
+        )
     elif chunks:
 
         def add(totals, at):
             begin = jnp.minimum(at, chunks - tile)  # the last tile reaches back; what it sees again is masked
-            keys = lax.dynamic_slice(rk, (layer, begin, 0, 0), (1, tile, *rk.shape[2:]))[0]
             docs = lax.dynamic_slice_in_dim(chunk_doc, begin, tile)
             docs = jnp.where(begin + jnp.arange(tile) < at, -1, docs)
-            return _add_tile(totals, keys, docs, queries, routes, reduce=reduce), None
+
+            def score(totals):
+                keys = lax.dynamic_slice(rk, (layer, begin, 0, 0), (1, tile, *rk.shape[2:]))[0]
+                return _add_tile(totals, keys, docs, queries, routes, reduce=reduce)
+
+            # Spare tiles cost nothing. Nor can XLA hoist out of a branch the conversion of the whole bank to float32.
+            return lax.cond((docs >= 0).any(), score, lambda totals: totals, totals), None
 
         totals = lax.scan(add, totals, jnp.arange(0, chunks, tile))[0]
     return _best_documents(totals, doc_len, reduce=reduce, top_k=top_k)
@@ -258,7 +283,7 @@ def _add_tile(totals, keys, docs, queries, routes, *, reduce: _Reduce):
 def _chunk_scores(keys, queries, routes, reduce: _Reduce) -> Float[Array, "b c"]:
     """s_c of one tile, [b, q, c] never whole: heads first, then tokens."""
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
-    keys, queries = keys.astype(dtype), queries.astype(dtype)  # CPUs have no fast bfloat16 product; on others it is free
+    keys, queries = keys.astype(dtype), queries.astype(dtype)  # CPUs have no fast bfloat16 product
     (c, h, d), b = keys.shape, queries.shape[0]
     asks = routes.any(1)
     if reduce.query == "last":
@@ -273,7 +298,10 @@ def _chunk_scores(keys, queries, routes, reduce: _Reduce) -> Float[Array, "b c"]
         q, asking = some  # [b, group, h, heads per h, d]
         if reduce.head == "mean":
             s = lax.dot_general(
-                q.reshape(b * group, h * d), keys.reshape(c, h * d), (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+                q.reshape(b * group, h * d),
+                keys.reshape(c, h * d),
+                (((1,), (1,)), ((), ())),
+                precision=lax.Precision.HIGHEST,
             ).reshape(b, group, c)
         else:
             s = jnp.einsum("bthgd,chd->bthgc", q, keys, precision=lax.Precision.HIGHEST).max((2, 3))
@@ -312,7 +340,7 @@ def read(
       max_chunks: static. Where a row needs more, whole chunks are left out from the end of its lowest-scored document.
 
     Returns:
-      k, v [b, s, h, d] in the bank's dtype, 0 where mask [b, s] is False, and how many chunks were left out in all rows.
+      k, v [b, s, h, d] in the bank's dtype, 0 where mask [b, s] is False, and the number of chunks left out.
 
     With `k` and `v` on a device it runs under jit, and a number past the last document reads nothing; in host memory or
     on disk such a number is a BankError.
@@ -332,7 +360,8 @@ def read(
 
     def fetch(leaf):
         out = np.zeros((*seen.shape, *leaf.shape[2:]), leaf.dtype)
-        out[seen] = np.asarray(leaf[layer, wanted])[place]
+        if wanted.size:
+            out[seen] = np.asarray(leaf[layer, wanted])[place]
         return jnp.asarray(out)
 
     return fetch(bank.k), fetch(bank.v), mask, dropped
@@ -364,8 +393,11 @@ def _chosen_chunks(doc_start, doc_len, documents, *, max_chunks: int):
 
 @jax.jit
 def _gather(k, v, layer, chunks, mask):
+    k, v = jnp.asarray(k), jnp.asarray(v)
+    if not k.shape[1]:
+        return tuple(jnp.zeros((*mask.shape, *a.shape[2:]), a.dtype) for a in (k, v))
     keep = mask[..., None, None]
-    return tuple(jnp.where(keep, a[layer, chunks], jnp.zeros((), a.dtype)) for a in (jnp.asarray(k), jnp.asarray(v)))
+    return tuple(jnp.where(keep, a[layer, chunks], jnp.zeros((), a.dtype)) for a in (k, v))
 
 
 def _library(bank: Bank, verb: str):

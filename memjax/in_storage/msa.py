@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from memjax import layers
+from memjax.in_storage.bank import Bank, read
 from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary, segments, wide
 from memjax.memory import How, Memory, Param, Slot, constant, dense
 
@@ -151,7 +152,7 @@ class Choice(NamedTuple):
     k: Float[Array, "b S s g d"]
     v: Float[Array, "b S s g d"]
     chosen: Bool[Array, "b S s"]
-    dropped: Int[Array, "b S"]  # chunks of chosen documents beyond max_chunks
+    dropped: Int[Array, ""]  # chunks of chosen documents beyond max_chunks, in all rows
 
 
 @dataclass(frozen=True)
@@ -301,16 +302,19 @@ class MSA(DocumentAttention):
             return self._unit(wide(heads(linear(x, params["w_rq"]), self.heads)))
         return self._unit(wide(self._project(params, x, self._after_template(position))[0]))
 
+    def bank_queries(self, r: Float[Array, "b t h d"]) -> Float[Array, "b t g d"]:
+        """As a bank is searched: for the mean over heads, the queries of a group summed first, which is exact."""
+        if self.head_reduce == "max":
+            return r * self.router_scale
+        return r.reshape(*r.shape[:2], self.kv_heads, -1, self.head_dim).sum(3) * (self.router_scale / self.heads)
+
     def choose(self, store: MSAStore, r, asks, segment, *, questions: int) -> Choice:
         """Score every document for every question, and gather the chunks of the best."""
-        b, t = asks.shape
-        rk = wide(store.rk)
-        g = self.kv_heads
-        if self.head_reduce == "mean":  # exact for the mean: sum the queries of a group first
-            s = jnp.einsum("btgd,cgd->btc", r.reshape(b, t, g, -1, self.head_dim).sum(3) / self.heads, rk)
+        rk, r = wide(store.rk), self.bank_queries(r)
+        if self.head_reduce == "mean":
+            s = jnp.einsum("btgd,cgd->btc", r, rk)
         else:
-            s = jnp.einsum("btgjd,cgd->btgjc", r.reshape(b, t, g, -1, self.head_dim), rk).max((2, 3))
-        s = s * self.router_scale
+            s = jnp.einsum("btgjd,cgd->btgjc", r.reshape(*r.shape[:2], self.kv_heads, -1, self.head_dim), rk).max((2, 3))
         index = jnp.where(asks, segment, questions)
         s = _reduce_queries(s, index, questions, self.query_reduce)  # [b S M]
         scores = _reduce_chunks(s, store.chunk_doc, store.doc_len.shape[0], self.chunk_reduce)  # [b S N]
@@ -319,8 +323,9 @@ class MSA(DocumentAttention):
         best, documents = jax.lax.top_k(scores, n)  # equal scores: the lower document first
         documents = jnp.where(jnp.isfinite(best), documents, -1).astype(jnp.int32)
         documents = jnp.pad(documents, ((0, 0), (0, 0), (0, self.top_k - n)), constant_values=-1)
-        chunks, chosen, dropped = _chunks_of(store, documents, self.max_chunks)
-        k, v = (jnp.where(chosen[..., None, None], a[chunks], jnp.zeros((), a.dtype)) for a in (store.k, store.v))
+        bank = Bank(store.rk[None], store.k[None], store.v[None], store.chunk_doc, store.doc_start, store.doc_len)
+        k, v, chosen, dropped = read(bank, 0, documents.reshape(-1, self.top_k), self.max_chunks)
+        k, v, chosen = (a.reshape(*scores.shape[:2], *a.shape[1:]) for a in (k, v, chosen))
         return Choice(scores, documents, k, v, chosen, dropped)
 
     def attend(self, params, ring, x, k, v, chosen, *, valid=None, start=None, questions_begin=True):
@@ -371,21 +376,3 @@ def _reduce_chunks(s, chunk_doc, documents, how):
         out = jax.ops.segment_sum(s, at, documents + 1) / jnp.maximum(size, 1)
         out = jnp.where(size > 0, out, -jnp.inf)[:-1]
     return jnp.moveaxis(out, 0, 2)
-
-
-def _chunks_of(store, documents, room):
-    """Rows of the store that hold the documents [b S n]: [b S room], which of them are real, and how many found no room.
-
-    The best document comes first, so that what exceeds `room` is the end of the lowest-scored.
-    """
-    there = documents >= 0
-    at = jnp.maximum(documents, 0)
-    length = jnp.where(there, store.doc_len[at], 0)
-    end = jnp.cumsum(length, -1)
-    slot = jnp.arange(room, dtype=jnp.int32)[None, None]
-    which = (slot[..., None] >= end[:, :, None]).sum(-1, dtype=jnp.int32)  # the document of each slot
-    real = which < documents.shape[-1]
-    which = jnp.minimum(which, documents.shape[-1] - 1)
-    take = lambda a: jnp.take_along_axis(a, which, -1)  # noqa: E731
-    chunk = take(store.doc_start[at]) + slot - take(end - length)
-    return jnp.where(real, chunk, 0), real, jnp.maximum(end[..., -1] - room, 0)

@@ -1,12 +1,13 @@
 """Meshes whose axes behave as this library expects."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 
-def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes of the given names and lengths, outermost first: `make_mesh({"data": 2, "sequence": 4})`.
 
     The axes are Auto: the compiler places what is not placed by hand. (`jax.make_mesh` makes them Explicit, which puts

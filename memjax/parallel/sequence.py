@@ -12,6 +12,7 @@ has arrived; so that it has something to do meanwhile, the rows of the batch are
 A device is busy n of ranks + n - 1 ticks. One row alone gains no time, only room: its state visits the ranks in turn.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,7 @@ class SequenceParallel(Memory):
             in_specs=(P(), row_specs, P(), cut),
             out_specs=(cut, row_specs, P()),
             axis_names=set(self._axes),
-            check_vma=True,  # without it the transposed collectives give wrong gradients, and nobody says so
+            check_vma=True,  # without it nobody checks what is replicated, and gradients can be wrong in silence
         )(params, rows, stores, tokens)
         return y, self._whole(rows, stores), aux
 
@@ -144,7 +145,10 @@ class SequenceParallel(Memory):
         marks = tuple(lax.axis_index(a) for a in self._axes)
         places = [p for p in self._places if p is not None]
         # Marked here, once: marked where they are used, parameters would have a gradient summed over ranks every tick.
-        params, rows, stores, tokens = match_varying((params, rows, stores, tokens), *marks)
+        params, rows, stores = jax.tree.map(
+            lambda a: match_varying(_wide(a), *marks).astype(a.dtype), (params, rows, stores)
+        )
+        tokens = match_varying(tokens, *marks)
         groups = [_split(a, place, n) for a, place in zip(rows, places, strict=True)]
         tokens = jax.tree.map(lambda a: _split(a, 0, n), tokens)
 
@@ -176,14 +180,13 @@ class SequenceParallel(Memory):
 
     def _from_last(self, a: Array, last: Array) -> Array:
         """`a` of the last rank, on all ranks."""
-        a = jnp.where(last, a, jnp.zeros_like(a))
-        return lax.psum(a, self.axis) if a.dtype != jnp.bool_ else lax.psum(a.astype(jnp.int32), self.axis) > 0
+        return lax.psum(_wide(jnp.where(last, a, jnp.zeros_like(a))), self.axis).astype(a.dtype)
 
     def _reduced(self, a: Array) -> Array:
         """An auxiliary value [n, ...] of each rank as one [...]."""
+        total = lax.psum(jnp.sum(_wide(a), 0), self._axes)
         if jnp.issubdtype(a.dtype, jnp.floating):
-            return lax.pmean(jnp.mean(a, 0), self._axes)
-        total = lax.psum(jnp.sum(a, 0, dtype=a.dtype if a.dtype != jnp.bool_ else jnp.int32), self._axes)
+            total = total / (a.shape[0] * math.prod(self.mesh.shape[name] for name in self._axes))
         return total.astype(a.dtype)
 
     def _micro_batches(self, b: int, t: int) -> int:
@@ -240,6 +243,13 @@ def _join(a: Array, place: int) -> Array:
     """The inverse of `_split`."""
     a = jnp.moveaxis(a, 0, place)
     return a.reshape(*a.shape[:place], a.shape[place] * a.shape[place + 1], *a.shape[place + 2 :])
+
+
+def _wide(a: Array) -> Array:
+    """a in 32 bits or more, to be summed over devices: bools can't be, and XLA on CPU may abort on bfloat16 there."""
+    if a.dtype.itemsize >= 4:
+        return a
+    return a.astype(jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32)
 
 
 def _pick(tree: Any, m: Any) -> Any:

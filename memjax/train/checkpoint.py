@@ -1,12 +1,12 @@
 """Checkpoints: parameters, optimizer state, key, data position and configuration of a step, exact to the bit.
 
-    DIRECTORY/step_00000200/checkpoint.json        format, step, config, key, data position; size and crc32 of every file
-    DIRECTORY/step_00000200/{params,opt_state,..}  arrays, written and read by orbax (`orbax.checkpoint.v1`)
+    DIRECTORY/step_00000200/checkpoint.json      format, step, config, key, data position; size and crc32 of each file
+    DIRECTORY/step_00000200/{params,opt_state}/  arrays, written and read by orbax (`orbax.checkpoint.v1`)
 
-A checkpoint is written under a temporary name and renamed when it is whole, so what has a final name is finished: resuming
-takes the newest of these from disk and remembers nothing. orbax itself restores into another dtype without a word, and
-reads a flipped bit as another number; names, shapes, dtypes and checksums are therefore compared here, before it reads.
-The directory is local, or shared by all processes; every process calls `save` and `restore`, and process 0 names the files.
+A checkpoint is written under a temporary name and renamed when it is whole, so what has a final name is finished:
+resuming takes the newest of these from disk and remembers nothing. orbax itself restores into another dtype without a
+word and reads a flipped bit as another number; names, shapes, dtypes and checksums are compared here, before it reads.
+The directory is local, or shared by all processes; every process calls `save` and `restore`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from memjax.errors import CheckpointError, DataError
+from memjax.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -59,15 +59,14 @@ def save(
     Args:
       directory: of the run; made where it is missing.
       step: updates done.
-      params, opt_state, extra: pytrees of arrays, sharded or not; extra is what else the run carries (a memory's state).
+      params, opt_state, extra: pytrees of arrays, sharded or not; extra is what else there is (a memory's state).
       key: a random key, typed or uint32, stored as its key data.
       config: JSON-able; with `memjax.memory.to_config(memory)` the memory can be rebuilt from the file alone.
       data_iterator: its `get_state()` is stored, JSON-able (grain's are). It is one position, the same in every process
         (each reads its own rows of one global order), so that another number of processes can resume.
 
     Raises:
-      CheckpointError: there is a checkpoint of this step already.
-      DataError: the position of the data is not JSON-able.
+      CheckpointError: there is a checkpoint of this step already, or something is not JSON-able.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -75,20 +74,20 @@ def save(
     temporary = final.with_name(final.name + ".tmp")
     if final.exists():
         raise CheckpointError(f"{final}: there is a checkpoint of step {step} already")
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
-        "config": config,
+        "config": _as_json("config", config),
         "key": _key_to_json(key),
         "data": None if data_iterator is None else _position(data_iterator),
     }
     if jax.process_index() == 0:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in final.parent.glob("step_*.tmp"):  # of a run that was killed while it wrote or deleted
+        for left_over in final.parent.glob("step_*.tmp*"):  # of a run that was killed while it wrote or deleted
             shutil.rmtree(left_over)
     _barrier(f"save {step}: directory")
     trees = {"params": params, "opt_state": opt_state, "extra": extra}
-    ocp.save_checkpointables(temporary, {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)})
+    ocp.save_checkpointables(str(temporary), {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)})
     if jax.process_index() == 0:
         names = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
         manifest["files"] = {n: [(temporary / n).stat().st_size, _crc32(temporary / n)] for n in names}
@@ -144,9 +143,8 @@ def restore(
     """
     path = _path_of(directory, step)
     manifest = _read_manifest(path)
-    given = json.loads(json.dumps(config))
-    if config is not None and (difference := _difference(manifest["config"], given, "config")):
-        field, stored, given = difference
+    if config is not None and (found := _difference(manifest["config"], _as_json("config", config), "config")):
+        field, stored, given = found
         raise CheckpointError(f"{path}: {field} is {stored} in the checkpoint, needed {given}")
     _check_files(path, manifest)
     wanted = {"params": params, "opt_state": opt_state, "extra": extra}
@@ -162,8 +160,8 @@ def restore(
 def load_params(path: str | os.PathLike[str], abstract: Any = None) -> tuple[dict[str, Any], Any]:
     """(config, params) of a checkpoint, or of the newest in a run's directory.
 
-    `abstract`, a pytree of `jax.ShapeDtypeStruct` with shardings, says what must be there and where it goes; None takes what
-    is there onto the first device. `memjax.memory.from_config(config)` is the memory, if its config was stored.
+    `abstract`, a pytree of `jax.ShapeDtypeStruct` with shardings, says what must be there and where it goes; None takes
+    what is there onto the default device. `memjax.memory.from_config(config)` is the memory, if its config was stored.
 
     Raises:
       CheckpointError: as `restore`.
@@ -217,12 +215,16 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     for name, tree in wanted.items():
         _check_tree(path, name, _metadata(path, name), tree)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def placed(a) -> bool:  # an array that was never put anywhere may still join others on a mesh, and must stay so
+        return a.committed if isinstance(a, Array) else getattr(a, "sharding", None) is not None
 
     def target(a) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or device)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed(a) else device)
 
-    return ocp.load_checkpointables(path, {name: jax.tree.map(target, tree) for name, tree in wanted.items()})
+    loaded = ocp.load_checkpointables(str(path), jax.tree.map(target, wanted))
+    return jax.tree.map(lambda a, got: got if placed(a) else jax.numpy.asarray(np.asarray(got)), wanted, loaded)
 
 
 def _metadata(path: Path, name: str) -> Any:
@@ -231,7 +233,7 @@ def _metadata(path: Path, name: str) -> Any:
 
     if not (path / name).is_dir():
         raise CheckpointError(f"{path}: has no {name}")
-    return ocp.metadata(path, name).metadata
+    return ocp.metadata(str(path), name).metadata
 
 
 def _check_tree(path: Path, name: str, stored: Any, wanted: Any) -> None:
@@ -263,16 +265,19 @@ def _difference(stored: Any, given: Any, path: str) -> tuple[str, str, str] | No
     elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(stored, given, strict=True))]
     else:
-        words = ["absent" if v is ... else json.dumps(v) for v in (stored, given)]
-        return None if stored == given else (path, *words)
+        return None if stored == given else (path, _word(stored), _word(given))
     return next((d for p, a, b in pairs if (d := _difference(a, b, p))), None)
+
+
+def _word(value: Any) -> str:
+    return "absent" if value is ... else json.dumps(value)
 
 
 # ---------------------------------------------------------------------------------------------- small things
 
 
 def _key_to_json(key: Array) -> dict[str, Any]:
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(key) if typed else key
     return {"impl": str(jax.random.key_impl(key)) if typed else None, "data": np.asarray(data).tolist()}
 
@@ -283,15 +288,19 @@ def _key_from_json(stored: dict[str, Any]) -> Array:
 
 
 def _position(data_iterator: Any) -> Any:
-    state = data_iterator.get_state()
-    try:
-        text = json.dumps(state)
-    except TypeError as error:
-        raise DataError(f"data_iterator: get_state() gave {type(state).__name__}, needs JSON values: {error}") from error
+    position = _as_json("data_iterator.get_state()", data_iterator.get_state())
     if jax.process_count() > 1:
-        crc32 = np.uint32(zlib.crc32(text.encode()))
-        multihost_utils.assert_equal(crc32, "data_iterator: the processes are at different positions")
-    return json.loads(text)
+        message = "save: data_iterator is at different positions in different processes, needs one"
+        multihost_utils.assert_equal(np.uint32(_crc32_of(position)), message)
+    return position
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """As it will be read back: tuples become lists."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise CheckpointError(f"save: {name} is {value!r:.80}, needs JSON values: {error}") from None
 
 
 def _crc32(file: Path) -> int:
@@ -302,8 +311,8 @@ def _crc32(file: Path) -> int:
     return crc32
 
 
-def _crc32_of(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+def _crc32_of(values: Any) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _barrier(name: str) -> None:

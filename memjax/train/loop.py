@@ -1,7 +1,7 @@
 """The training loop: one jitted step, metrics, checkpoints, exact resume.
 
-Nothing here waits for the device between log lines: a step is dispatched, and while it runs the next batch is fetched and
-put on the device. Metrics stay device arrays until the step after theirs is under way.
+Nothing here waits for the device between log lines: a step is dispatched, and while it runs the next batch is fetched
+and put on the device. Metrics stay device arrays until the step after theirs is under way.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def fit(
       progress: show a bar, or plain lines where the output is no terminal.
       batch_sharding: where a batch goes; each process gives its own rows of it. None: the default device.
 
-    On Ctrl-C the step under way is finished, a checkpoint written, and KeyboardInterrupt raised; a second Ctrl-C stops at
-    once. An interrupted and resumed run equals an undisturbed one bit for bit.
+    On Ctrl-C the step under way is finished, a checkpoint written, and KeyboardInterrupt raised; a second Ctrl-C stops
+    at once. An interrupted and resumed run equals an undisturbed one bit for bit.
 
     Raises:
       DivergedError: "loss" or "grad_norm" is not finite, seen at the next log line or checkpoint, which is not written.
@@ -111,24 +111,36 @@ def fit(
 
     update = jax.jit(partial(_update, loss, lenient(optimizer)), donate_argnums=(0, 1))
     log = _Log(MultiWriter(writers), tokens_per_step, directory)
-    with Progress(steps, "train", unit="step", done=done, enabled=progress) as bar, _deferred_interrupt() as interrupted:
+    bar = Progress(steps, "train", unit="step", done=done, enabled=progress)
+    with bar, _deferred_interrupt() as interrupted:
         for step in range(done + 1, steps + 1):
             batch = _place(_next(batches, step, steps), batch_sharding)
             params, opt_state, metrics = update(params, opt_state, batch, key, np.int32(step - 1))
             log.write_waiting()
             if step == 1 or step % log_every == 0 or step == steps:
                 log.waiting = (step, metrics)
-            saving = step == steps or interrupted() or (save_every is not None and step % save_every == 0)
+            stop = interrupted()
+            saving = step == steps or stop or (save_every is not None and step % save_every == 0)
             if saving:
                 log.write_waiting()
             bar.update(1, **log.latest)
-            if saving and directory is not None:
+            if saving and directory is not None and config is not None:
                 log.fetch(step, metrics)  # raises before a diverged state is kept
-                state = dict(params=params, opt_state=opt_state, key=key, config=config, data_iterator=batches)
-                checkpoint.save(directory, step, **state)
+                checkpoint.save(
+                    directory,
+                    step,
+                    params=params,
+                    opt_state=opt_state,
+                    key=key,
+                    config=config,
+                    data_iterator=batches,
+                )
                 checkpoint.delete_old(directory, keep)
-            if interrupted():
-                raise KeyboardInterrupt
+                log.restart_clock(step)
+            if stop:
+                break
+        if interrupted():
+            raise KeyboardInterrupt
     return FitResult(params, opt_state, max(done, steps), log.history)
 
 
@@ -144,7 +156,7 @@ def _next(batches: Iterator, step: int, steps: int) -> dict[str, Any]:
     try:
         return next(batches)
     except StopIteration:
-        raise DataError(f"fit: data ended after {step - 1} batches, needs {steps}; repeat it or ask fewer steps") from None
+        raise DataError(f"fit: data ended after {step - 1} batches, needs {steps}; repeat it or ask for less") from None
 
 
 def _place(batch: dict[str, Any], sharding: jax.sharding.Sharding | None) -> dict[str, Any]:
@@ -161,7 +173,7 @@ class _Log:
         self.waiting: tuple[int, dict[str, Array]] | None = None
         self.history: list[dict[str, float | int]] = []
         self.latest: dict[str, float] = {}
-        self._last: tuple[int, float] | None = None
+        self._clock: tuple[int, float] | None = None
 
     def write_waiting(self) -> None:
         if self.waiting is None:
@@ -169,13 +181,17 @@ class _Log:
         (step, metrics), self.waiting = self.waiting, None
         values = self.fetch(step, metrics)
         now = time.perf_counter()
-        if self.tokens_per_step is not None and self._last is not None:  # the first line's time is mostly compilation
-            then, at = self._last
+        if self.tokens_per_step is not None and self._clock is not None:  # the first line's time is mostly compilation
+            then, at = self._clock
             values["tokens_per_second"] = (step - then) * self.tokens_per_step / max(now - at, 1e-9)
-        self._last = (step, now)
+        self.restart_clock(step)
         self.history.append({"step": step, **values})
         self.latest = {name: values[name] for name in ("loss", "tokens_per_second") if name in values}
         self.writer.write(step, values)
+
+    def restart_clock(self, step: int) -> None:
+        """Measure speed from here: writing a checkpoint is not training."""
+        self._clock = (step, time.perf_counter())
 
     def fetch(self, step: int, metrics: dict[str, Array]) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -21,9 +21,9 @@ Loss = Callable[[Any, dict[str, Array], Array], tuple[Array, dict[str, Array]]]
 def lm_loss(memory: Memory, *, aux_weights: Mapping[str, float] | None = None, how: How = How()) -> Loss:
     """Next-token loss of a memory over token ids (x: int [b, t] -> logits [b, t, vocab]).
 
-    The batch is {"ids": int [b, t + 1]} with optional "start" and "valid", bool [b, t + 1], of the same tokens. The loss is
-    the mean cross entropy in float32 over the targets that count (`target_mask`), plus `aux_weights[name]` times each
-    auxiliary loss of the model, added over its layers by name (`memjax.combinators.total`).
+    The batch is {"ids": int [b, t + 1]} with optional "start" and "valid", bool [b, t + 1], of the same tokens. The
+    loss is the mean cross entropy in float32 over the targets that count (`target_mask`), plus `aux_weights[name]`
+    times each auxiliary loss of the model, added over its layers by name (`memjax.combinators.total`).
 
     Metrics: "bits_per_token" (cross entropy / ln 2), "accuracy" (share of targets that are the most likely token), and
     every auxiliary scalar under its own name.
@@ -64,10 +64,11 @@ def target_mask(
 def cross_entropy(
     logits: Float[Array, "b t vocab"], targets: Int[Array, "b t"], mask: Bool[Array, "b t"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross entropy in nats and accuracy over the targets where mask is True, in float32; 0 where there is none."""
+    """Mean cross entropy in nats and accuracy over the targets where mask is True, in float32; 0 if none."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
-    return tuple(jnp.sum(jnp.where(mask, a, jnp.float32(0))) / count for a in (nats, correct))
+    mean = lambda a: jnp.sum(jnp.where(mask, a, jnp.float32(0))) / count  # noqa: E731
+    return mean(nats), mean(correct)

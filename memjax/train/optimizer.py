@@ -7,6 +7,7 @@ nearby orthogonal matrix; "embedding", "vector" and "gate" go to Adam (Kingma an
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def make_optimizer(
         return optax.warmup_cosine_decay_schedule(start, peak, warmup, steps, end_value=min_ratio * peak)
 
     adam = schedule(adam_learning_rate)
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "matrix": muon(schedule(learning_rate), weight_decay=weight_decay, muon_weight_dimension_numbers=_last_two),
         "embedding": optax.adamw(adam, b2=b2, weight_decay=weight_decay),
         "vector": optax.adam(adam, b2=b2),
@@ -72,7 +73,7 @@ def make_optimizer(
 
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer under jax's standard dtype promotion: optax raises floats to int32 powers, an error when strict."""
+    """The same under jax's standard dtype promotion: optax takes floats to int32 powers, an error when strict."""
 
     def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
@@ -90,4 +91,4 @@ def _check(path, spec: Param) -> None:
     if spec.kind not in ("matrix", "embedding", "vector", "gate"):
         raise ConfigError(f"params{name}: kind is {spec.kind!r}, needs 'matrix', 'embedding', 'vector' or 'gate'")
     if spec.kind == "matrix" and len(spec.shape) < 2:
-        raise ConfigError(f"params{name}: kind is 'matrix' but shape is {list(spec.shape)}, needs two dimensions or more")
+        raise ConfigError(f"params{name}: kind is 'matrix' but shape is {list(spec.shape)}, needs two dimensions")

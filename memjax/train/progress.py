@@ -6,6 +6,7 @@
             bar.update(1, loss=loss, tokens_per_second=rate)
 
 On a terminal it is a bar (rich). Elsewhere (a pipe, a log file, CI) it is plain lines, few enough to keep.
+The rate and the time that is left are counted from the first update, whose unit usually waits for a compiler.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 
@@ -25,7 +26,7 @@ class Progress:
       total: units of work altogether.
       description: what is going on, one or two words.
       unit: name of one unit, for the rate ("step" gives "3.4 step/s").
-      done: units that an earlier session did; they don't count in the rate.
+      done: units that an earlier session did.
       enabled: False shows nothing.
       console: where to write; None: standard output.
       seconds, share: off a terminal, a line at the first update, at the last, and where this time has passed or this
@@ -45,7 +46,8 @@ class Progress:
         share: float = 0.05,
     ):
         self.total, self.description, self.unit, self.done = total, description, unit, done
-        self._first, self._seconds, self._share = done, seconds, share
+        self._seconds, self._share = seconds, share
+        self._first: tuple[float, int] | None = None  # when the first update came, and `done` after it
         self._values: dict[str, float | int] = {}
         self._console = console or Console()
         self._enabled = enabled
@@ -66,12 +68,14 @@ class Progress:
 
     def update(self, n: int = 1, **values: float | int) -> None:
         """`n` more units are done; `values` are shown beside the count until newer ones come."""
+        now = time.perf_counter()
         self.done += n
         self._values.update(values)
+        self._first = self._first or (now, self.done)
         if self._bar:
-            self._bar.update(self._task, completed=self.done, values=self._rate() + show(self._values))
+            self._bar.update(self._task, completed=self.done, values=self._speed(now) + show(self._values))
         elif self._enabled:
-            self._update_lines(time.perf_counter())
+            self._update_lines(now)
 
     def _update_lines(self, now: float) -> None:
         if self._line_at is not None and self.done < self.total:
@@ -83,17 +87,17 @@ class Progress:
     def _print_line(self, now: float) -> None:
         self._line_at = (now, self.done)
         percent = 100 * self.done / max(self.total, 1)
-        line = f"{self.description} {self.done:,}/{self.total:,} ({percent:.0f} %){self._rate()}"
-        worked, elapsed = self.done - self._first, now - self._began
-        if worked and self.done < self.total:
-            line += f"  ETA {timedelta(seconds=round(elapsed / worked * (self.total - self.done)))}"
-        else:
-            line += f"  {timedelta(seconds=round(elapsed))}"
-        self._console.print(line + show(self._values), markup=False, highlight=False, soft_wrap=True)
+        line = f"{self.description} {self.done:,}/{self.total:,} ({percent:.0f} %)  {_clock(now - self._began)}"
+        self._console.print(line + self._speed(now) + show(self._values), markup=False, highlight=False, soft_wrap=True)
 
-    def _rate(self) -> str:
-        rate = (self.done - self._first) / max(time.perf_counter() - self._began, 1e-9)
-        return f"  {number(rate)} {self.unit}/s"
+    def _speed(self, now: float) -> str:
+        """Rate and time left; nothing before the second update."""
+        then, first = self._first or (now, self.done)
+        if self.done == first or now <= then:
+            return ""
+        rate = (self.done - first) / (now - then)
+        left = f"  ETA {_clock((self.total - self.done) / rate)}" if self.done < self.total else ""
+        return f"  {number(rate)} {self.unit}/s{left}"
 
     def _make_bar(self) -> RichProgress:
         bar = RichProgress(
@@ -101,13 +105,15 @@ class Progress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
             console=self._console,
         )
         self._task = bar.add_task(self.description, total=self.total, completed=self.done, values="")
         return bar
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def show(values: dict[str, float | int]) -> str:

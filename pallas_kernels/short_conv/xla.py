@@ -19,7 +19,7 @@ def taps(
     cache: Shaped[Array, "b n *rest"],
     valid: Bool[Array, "b t"] | None = None,
     start: Bool[Array, "b t"] | None = None,
-    fill: float = 0,
+    fill: float | int = 0,
 ) -> tuple[list[Shaped[Array, "b t *rest"]], Shaped[Array, "b n *rest"]]:
     """The n rows before each token and its own: n + 1 arrays like x, oldest first, and the new cache.
 
@@ -49,7 +49,7 @@ def short_conv(x: Array, weight: Array, cache: Array, valid: Array | None, start
 
 
 def _rows(
-    x: Array, cache: Array, valid: Array | None, start: Array | None, fill: float
+    x: Array, cache: Array, valid: Array | None, start: Array | None, fill: float | int
 ) -> tuple[list[Array], Array, Callable[[Array], Array]]:
     """The rows of each token, the new cache, and the function that brings [b t ...] back to the order of the tokens."""
     t, n = x.shape[1], cache.shape[1]
@@ -89,5 +89,5 @@ def _take(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, beside(index, x), axis=1)
 
 
-def _keep(mask: Array, x: Array, fill: float) -> Array:
+def _keep(mask: Array, x: Array, fill: float | int) -> Array:
     return jnp.where(beside(mask, x), x, jnp.full((), fill, x.dtype))

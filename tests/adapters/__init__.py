@@ -36,9 +36,10 @@ class Tail(NamedTuple):
     array: jax.Array
 
 
-def given(arrays: Arrays, *names: str) -> dict[str, jax.Array]:
-    """The inputs in_<name> of the file, by name, on the device; those that the file has not are left out."""
-    return {name: jnp.asarray(arrays[f"in_{name}"]) for name in names if f"in_{name}" in arrays}
+def given(arrays: Arrays, *names: str, optional: Iterable[str] = ()) -> dict[str, jax.Array]:
+    """The inputs in_<name> of the file, by name, on the device; `optional` ones only if the file has them."""
+    names = (*names, *(name for name in optional if f"in_{name}" in arrays))
+    return {name: jnp.asarray(arrays[f"in_{name}"]) for name in names}
 
 
 def parameters(arrays: Arrays) -> dict[str, jax.Array]:
@@ -52,7 +53,7 @@ def in_dtype(tree: Any, dtype: Any) -> Any:
 
 
 def expect(system: str, cfg: Mapping[str, Any], **fixed: Any) -> None:
-    """Raise GoldenError where the file asks for something that the architecture, as published, doesn't have."""
+    """Raise GoldenError where the file's settings are not those that its adapter runs."""
     for key, value in fixed.items():
         if key in cfg and cfg[key] != value:
             raise GoldenError(f"{system}: cfg_json has {key} = {cfg[key]!r}, this adapter runs only {value!r}")

@@ -14,15 +14,13 @@ from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype,
 def op(arrays: Arrays, cfg: dict) -> Results:
     """out_o, out_final_state and the gradients of sum(o do) + sum(final_state dht)."""
     expect("delta_rule", cfg, qk_l2norm=False)
-    inputs = given(arrays, "q", "k", "v", "beta", "g", "h0")
+    inputs = given(arrays, "q", "k", "v", "beta", "h0", optional=("g",))
     cotangents = given(arrays, "do", "dht")
 
     def compute(implementation: str) -> Results:
         def run(a):
             qkv_beta = a["q"] * cfg["scale"], a["k"], a["v"], a["beta"]
-            o, final_state = delta_rule(
-                *qkv_beta, a.get("g"), initial_state=a.get("h0"), implementation=implementation
-            )
+            o, final_state = delta_rule(*qkv_beta, a.get("g"), initial_state=a["h0"], implementation=implementation)
             return {"do": o, "dht": final_state}, {}
 
         out, _, grads = value_and_grads(run, inputs, cotangents)

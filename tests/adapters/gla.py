@@ -13,7 +13,7 @@ from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype,
 
 def op(arrays: Arrays, cfg: dict) -> Results:
     """out_o, out_final_state and the gradients of sum(o do) + sum(final_state dht)."""
-    inputs = given(arrays, "q", "k", "v", "g", "gk", "h0")
+    inputs = given(arrays, "q", "k", "v", "h0", optional=("g", "gk"))
     cotangents = given(arrays, "do", "dht")
 
     def compute(implementation: str) -> Results:

@@ -1,12 +1,17 @@
 """How the tests of the ops compile and compare."""
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
 # Compile time is most of a test's time, and the backend's optimisations change no formula.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 def compiled(f, **options):
@@ -30,13 +35,21 @@ def assert_close(got: dict[str, Any], want: dict[str, Any], limits: dict[str, fl
     assert not wrong, f"error relative to the norm: {wrong}; limits {limits}"
 
 
-def value_and_gradients(op, arrays: dict[str, Any], cotangents: tuple[Any, Any]) -> dict[str, Any]:
-    """o, final_state and grad_<name> for every array, of sum(o * do) + sum(final_state * dS)."""
+@functools.cache
+def value_and_gradients(op):
+    """The compiled function (arrays, start, cotangents) -> o, final_state and grad_<name> for every array.
 
-    def loss(arrays):
-        o, state = op(**arrays)
+    The gradients are those of sum(o * do) + sum(final_state * dS). Kept per op, so that cases of one shape share it.
+    """
+
+    def loss(arrays, start, cotangents):
+        o, state = op(**arrays, start=start)
         do, dS = (ct.astype(a.dtype) for ct, a in zip(cotangents, (o, state), strict=True))
         return (o * do).astype(state.dtype).sum() + (state * dS).sum(), (o, state)
 
-    gradients, (o, state) = compiled(jax.grad(loss, has_aux=True))(arrays)
-    return {"o": o, "final_state": state, **{f"grad_{name}": g for name, g in gradients.items()}}
+    @compiled
+    def run(arrays, start, cotangents):
+        gradients, (o, state) = jax.grad(loss, has_aux=True)(arrays, start, cotangents)
+        return {"o": o, "final_state": state, **{f"grad_{name}": g for name, g in gradients.items()}}
+
+    return run

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memjax import Repeat, Residual, from_config, to_config
-from memjax.errors import CheckpointError, DataError
+from memjax.errors import CheckpointError
 from memjax.lm.model import FeedForward, LanguageModel
 from memjax.train import checkpoint, load_params, make_optimizer
 
@@ -46,8 +46,8 @@ ABSTRACT = {"params": PARAMS, "opt_state": jax.eval_shape(optax.adam(1e-3).init,
 
 
 def _save(directory, step, **changes):
-    parts = {**_drawn(step, ABSTRACT), "key": jax.random.key(5), "config": CONFIG, "data_iterator": Position(step), **changes}
-    return checkpoint.save(directory, step, **parts)
+    parts = {**_drawn(step, ABSTRACT), "key": jax.random.key(5), "config": CONFIG, "data_iterator": Position(step)}
+    return checkpoint.save(directory, step, **{**parts, **changes})
 
 
 def _assert_same(got, want):
@@ -117,7 +117,8 @@ def test_the_newest_finished_step_counts_and_old_ones_are_deleted(tmp_path):
     assert checkpoint.finished_steps(tmp_path / "none") == []
     for step in (5, 10, 15):
         _save(tmp_path, step)
-    (tmp_path / "step_00000020.tmp").mkdir()  # killed while it was written
+    (tmp_path / "step_00000020.tmp").mkdir()  # killed while it was written, or while orbax wrote into it
+    (tmp_path / "step_00000020.tmp.orbax-checkpoint-tmp").mkdir()
     assert checkpoint.finished_steps(tmp_path) == [5, 10, 15]
     assert _restore(tmp_path).step == 15 and _restore(tmp_path, step=5).step == 5
     checkpoint.delete_old(tmp_path, 2)
@@ -150,7 +151,7 @@ def test_the_first_field_of_another_config_is_named(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(embed=jax.ShapeDtypeStruct((11, 8), jnp.bfloat16)), r"embed is float32\[11, 8\] .* needed bfloat16"),
+        (lambda p: p.update(embed=jax.ShapeDtypeStruct((11, 8), jnp.bfloat16)), r"float32\[11, 8\] .* needed bfloat16"),
         (lambda p: p.update(embed=jax.ShapeDtypeStruct((12, 8), jnp.float32)), r"needed float32\[12, 8\]"),
         (lambda p: p.update(bias=jax.ShapeDtypeStruct((2,), jnp.float32)), r"has no params/bias, needed float32\[2\]"),
         (lambda p: p.pop("norm"), r"params/norm is float32\[8\] in the checkpoint, needed no such array"),
@@ -178,9 +179,11 @@ def test_what_was_not_stored_is_named(saved, tmp_path):
         _restore(tmp_path, data_iterator=Position(0))
 
 
-def test_a_position_that_is_no_json_is_refused(tmp_path):
-    with pytest.raises(DataError, match="get_state.* gave dict, needs JSON"):
+def test_what_is_no_json_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"data_iterator.get_state\(\) is .*, needs JSON values"):
         _save(tmp_path, 1, data_iterator=Position({1, 2}))
+    with pytest.raises(CheckpointError, match=r"config is \{'dim': array\(3\)\}, needs JSON values"):
+        _save(tmp_path, 1, config={"dim": np.asarray(3)})
     assert not list(tmp_path.iterdir())
 
 
@@ -199,7 +202,8 @@ def test_any_file_missing_cut_or_flipped_is_named(copied, capfd):
         whole = file.read_bytes()
         flipped = bytearray(whole)
         flipped[len(whole) // 2] ^= 4
-        for damage, message in ((None, "missing"), (whole[: len(whole) // 2], "truncated"), (bytes(flipped), "damaged")):
+        cut = whole[: len(whole) // 2]
+        for damage, message in ((None, "missing"), (cut, "truncated"), (bytes(flipped), "damaged")):
             file.unlink()
             if damage is not None:
                 file.write_bytes(damage)

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -96,7 +95,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_killed_process_resumes_from_disk(undisturbed, tmp_path):
     command = [sys.executable, "-m", "tests.train.runs", str(tmp_path), "9"]
-    child = subprocess.run(command, cwd=Path(__file__).parents[2], env=dict(os.environ), capture_output=True, check=False)
+    child = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert checkpoint.finished_steps(tmp_path) == [5] and _lines(tmp_path)[-1]["step"] == 8
     _assert_same(run(tmp_path), undisturbed, tmp_path)
@@ -148,9 +147,12 @@ def test_the_host_runs_ahead_of_the_device_and_compiles_once(monkeypatch):
     assert len(traces) == 1
 
 
-def test_data_parallel_equals_one_device(undisturbed):
+def test_data_parallel_equals_one_device_and_resumes(undisturbed, tmp_path):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    result = run(batch_sharding=NamedSharding(mesh, PartitionSpec("data")))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    run(tmp_path, steps=5)  # on one device
+    result = run(tmp_path, batch_sharding=sharding)
+    assert result.params["w"].sharding.device_set == set(mesh.devices.flat)
     np.testing.assert_allclose(result.params["w"], undisturbed.params["w"], atol=1e-5)
 
 

@@ -19,25 +19,27 @@ def test_plain_lines_are_few_and_the_first_comes_at_once():
     lines = _run(1000).splitlines()
     assert lines[0].startswith("build 1/1,000 (0 %)") and lines[-1].startswith("build 1,000/1,000 (100 %)")
     assert len(lines) <= 22
-    assert "doc/s" in lines[0] and "ETA" in lines[0] and "tokens/s 12.35K" in lines[0]
-    assert lines[-1].endswith("loss 0.001  tokens/s 12.35K") and "ETA" not in lines[-1]
+    assert lines[0].endswith("0:00:00  loss 1  tokens/s 12.35K")  # no rate: the first unit is mostly compilation
+    assert "doc/s  ETA" in lines[1]
+    assert lines[-1].endswith("doc/s  loss 0.001  tokens/s 12.35K") and "ETA" not in lines[-1]
 
 
 def test_plain_lines_come_by_time_too(monkeypatch):
-    now = iter(range(0, 100_000, 3))
-    monkeypatch.setattr("memjax.train.progress.time.perf_counter", lambda: float(next(now)))
-    lines = _run(1_000_000, times=20).splitlines()
-    assert 5 < len(lines) < 20  # by share alone it would be the first and the last
+    now = map(float, range(0, 100_000, 3))
+    monkeypatch.setattr("memjax.train.progress.time.perf_counter", lambda: next(now))
+    lines = _run(1_000_000, times=21).splitlines()
+    assert [line.split("/")[0] for line in lines] == [f"build {n}" for n in (1, 5, 9, 13, 17, 21)]  # every 12 seconds
 
 
 def test_an_early_end_is_shown():
     assert _run(1000, times=7).splitlines()[-1].startswith("build 7/1,000 (1 %)")
 
 
-def test_earlier_sessions_count_in_the_total_but_not_in_the_rate(monkeypatch):
-    monkeypatch.setattr("memjax.train.progress.time.perf_counter", iter([0.0, *[10.0] * 50]).__next__)
-    line = _run(100, times=10, done=80).splitlines()[-1]
-    assert line.startswith("build 90/100 (90 %)  1 doc/s  ETA 0:00:10")
+def test_rate_leaves_out_earlier_sessions_and_the_first_unit(monkeypatch):
+    now = iter([0.0, 60.0, 62.0, 64.0])  # a minute of compilation, then a unit in two seconds
+    monkeypatch.setattr("memjax.train.progress.time.perf_counter", lambda: next(now))
+    line = _run(90, times=3, done=80, share=0.01).splitlines()[-1]
+    assert line.startswith("build 83/90 (92 %)  0:01:04  0.5 doc/s  ETA 0:00:14")
 
 
 def test_terminal_shows_a_bar():

@@ -1,0 +1,235 @@
+"""A model and its bank: read documents into it once, then route, read and answer questions over it.
+
+`pool_documents` runs a model's `write` over rows of documents and hands out what its router layers pooled, for a bank.
+`ask` answers: the model is threaded layer by layer outside jit, so that the bank may live on a device, on the host or on
+disk; each router layer searches the whole bank and reads the chunks of its choice. Then the texts of the documents that
+the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from memjax.combinators import Combinator
+from memjax.data.tokenizer import Tokenizer
+from memjax.in_storage import bank as banks
+from memjax.in_storage.msa import MSA, MSAState
+from memjax.layers import positions
+from memjax.lm import reading
+from memjax.lm.generate import Sampling, decode, prefill
+from memjax.memory import Memory
+
+
+class Pooled(NamedTuple):
+    """What the router layers keep of some documents, in the order of the layers; chunks in the order of the documents."""
+
+    k: Float[Array, "n M g d"]
+    v: Float[Array, "n M g d"]
+    rk: Float[Array, "n M g d"]
+    doc_len: Int[Array, " N"]  # chunks of each document
+    count: Int[Array, "n 3"]  # per layer: chunks, documents, chunks that found no room
+
+
+@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+def pool_documents(
+    model: Memory, params: dict, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], dtype: Any = jnp.bfloat16
+) -> Pooled:
+    """Read documents, one a row, into the model's own store, and return it; arrays have the store's capacity.
+
+    Rows without a valid token are no documents. The caller checks `count`: its last column must be 0.
+    """
+    call = _Write({"valid": valid})
+    model.thread(call, params, model.init_state(ids.shape[0]), ids)  # type: ignore[attr-defined]
+    stack = lambda name: jnp.stack([getattr(s, name) for s in call.stores])  # noqa: E731
+    k, v, rk = (stack(name).astype(dtype) for name in ("k", "v", "rk"))
+    return Pooled(k, v, rk, call.stores[0].doc_len, stack("count"))
+
+
+def router_layers(model: Memory) -> list[MSA]:
+    """The MSA layers of a model, in the order in which x runs through them. ValueError if there is none."""
+    found: list[MSA] = []
+
+    def visit(memory: Memory) -> None:
+        if isinstance(memory, MSA):
+            found.append(memory)
+        for part in memory.parts if isinstance(memory, Combinator) else ():
+            visit(part)
+
+    visit(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__}: has no MSA layer, so there is nothing to build a bank of")
+    return found
+
+
+class Routing(NamedTuple):
+    """What each router layer chose, best first; -1 and -inf: fewer documents than top_k."""
+
+    documents: Int[np.ndarray, "n b top_k"]
+    scores: Float[np.ndarray, "n b top_k"]
+
+
+def ask(
+    model: Memory, params: dict, bank: banks.Bank, question: Int[Array, "b t"], valid: Bool[Array, "b t"]
+) -> tuple[Any, Routing]:
+    """Route questions over the bank and read what was chosen: the state to go on from, and the routing."""
+    call = _Ask({"valid": jnp.asarray(valid)}, bank)
+    b = question.shape[0]
+    _, state, _ = model.thread(call, params, _rows(model, b), jnp.asarray(question))  # type: ignore[attr-defined]
+    documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
+    return state, Routing(documents, scores)
+
+
+def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` documents with the highest mean score over the layers, for each row: (document, score), best first.
+
+    A layer that did not choose a document counts it at its own lowest chosen score, which it cannot exceed.
+    """
+    rows = []
+    for b in range(routing.documents.shape[1]):
+        ids, scores = routing.documents[:, b], routing.scores[:, b]
+        floor = [float(s[i >= 0].min()) if (i >= 0).any() else 0.0 for i, s in zip(ids, scores, strict=True)]
+        layers = [dict(zip(i.tolist(), s.tolist(), strict=True)) for i, s in zip(ids, scores, strict=True)]
+        total = {d: float(np.mean([a.get(d, f) for a, f in zip(layers, floor, strict=True)])) for d in set(ids[ids >= 0].tolist())}
+        rows.append(sorted(total.items(), key=lambda item: (-item[1], item[0]))[:count])
+    return rows
+
+
+class Answers(NamedTuple):
+    """tokens [b, n]: the answer, -1 after its end. passages: what was read for each row, (document, score)."""
+
+    tokens: Int[np.ndarray, "b n"]
+    passages: list[list[tuple[int, float]]]
+    routing: Routing
+
+
+def answer(
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    document_ids: Callable[[int], np.ndarray],
+    *,
+    read: int = 2,
+    steps: int = 32,
+    question_width: int | None = None,
+    reading_width: int | None = None,
+) -> Answers:
+    """Answer a batch of questions over the bank, greedily, from the text of the best `read` documents.
+
+    Args:
+      document_ids: document number -> its token ids, without padding.
+      steps: tokens of an answer at most.
+      question_width, reading_width: pad to these widths, so that batches share a compiled program; None: as needed.
+
+    Raises ValueError where a question is longer than the model's window or than the width.
+    """
+    special = reading.special_ids(tokenizer)
+    asked = [tokenizer.encode(q) for q in questions]
+    first = [reading.question(special, ids) for ids in asked]
+    ids, valid = reading.pad_left(first, question_width or _round_up(max(map(len, first))))
+    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
+    passages = agree(routing, read)
+    texts = [reading.reading(special, [document_ids(d) for d, _ in p], q) for p, q in zip(passages, asked, strict=True)]
+    window = min(m.window for m in router_layers(model))
+    if (longest := max(map(len, texts)) + max(map(len, first)) + steps) > window:
+        raise ValueError(f"ask: question, passages and answer are {longest} tokens, the model's window is {window}")
+    text_ids, text_valid = reading.pad_left(texts, reading_width or _round_up(max(map(len, texts))))
+    logits, state = prefill(model, params, state, jnp.asarray(text_ids), jnp.asarray(text_valid))
+    done = jnp.zeros(len(texts), jnp.bool_)
+    stop = Sampling(stop=special["<end>"])
+    tokens, *_ = decode(model, params, state, logits, done, jax.random.key(0), n=steps, sampling=stop)
+    return Answers(np.asarray(tokens), passages, routing)
+
+
+def answer_text(tokenizer: Tokenizer, tokens: Int[np.ndarray, " n"]) -> str:
+    """An answer as text, its end mark and what follows left out."""
+    return tokenizer.decode([int(t) for t in tokens if t >= 0]).strip()
+
+
+def _round_up(n: int, to: int = 16) -> int:
+    return -(-n // to) * to
+
+
+@functools.partial(jax.jit, static_argnames=("model", "b"))
+def _rows(model: Memory, b: int) -> Any:
+    return model.init_state(b)
+
+
+class _Thread:
+    """A `call` for `thread` that stays outside jit between the leaves and handles MSA layers itself."""
+
+    unrolled, remat = True, False
+
+    def __init__(self, tokens: dict[str, Array]):
+        self.tokens = tokens
+
+    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, dict]:
+        if isinstance(memory, MSA):
+            return self.routed(memory, params, state, x)
+        if isinstance(memory, Combinator):
+            return memory.thread(self, params, state, x)
+        return *self.leaf(memory, params, state, x), {}
+
+
+class _Write(_Thread):
+    """Reads documents and keeps each layer's store, in the order of the layers."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens)
+        self.stores: list[Any] = []
+
+    def leaf(self, memory, params, state, x):
+        return memory.write(params, state, x, **self.tokens)
+
+    def routed(self, memory, params, state, x):
+        y, state = memory.write(params, state, x, **self.tokens)
+        self.stores.append(state.store)
+        return y, state, {}
+
+
+class _Ask(_Thread):
+    """Routes over a bank: queries on the device, the search where the bank is, attention on the device again."""
+
+    def __init__(self, tokens, bank: banks.Bank):
+        super().__init__(tokens)
+        self.bank, self.chosen = bank, []
+
+    def leaf(self, memory, params, state, x):
+        return _apply_leaf(memory, params, state, x, self.tokens)
+
+    def routed(self, memory: MSA, params, state: MSAState, x):
+        layer = len(self.chosen)
+        queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"])
+        reduce = {"head_reduce": memory.head_reduce, "query_reduce": memory.query_reduce, "chunk_reduce": memory.chunk_reduce}
+        scores, documents = banks.route(self.bank, layer, queries, asks, top_k=memory.top_k, **reduce)
+        k, v, chosen, _ = banks.read(self.bank, layer, documents, memory.max_chunks)
+        self.chosen.append((documents, scores))
+        y, ring, k, v = _attend(memory, params, state.ring, x, k, v, chosen, self.tokens["valid"])
+        return y, MSAState(state.store, ring, k, v, chosen, documents), {}
+
+
+@functools.partial(jax.jit, static_argnames=("memory",))
+def _apply_leaf(memory, params, state, x, tokens):
+    return memory.apply(params, state, x, **tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("memory",))
+def _queries(memory: MSA, params, ring, x, valid):
+    position, _ = positions(ring.count, x.shape[1], valid)
+    return memory.bank_queries(memory.queries(params, x, position)), (position >= memory.template) & valid
+
+
+@functools.partial(jax.jit, static_argnames=("memory",))
+def _attend(memory: MSA, params, ring, x, k, v, chosen, valid):
+    k, v = k.astype(memory.store_dtype), v.astype(memory.store_dtype)
+    y, ring = memory.attend(params, ring, x, k[:, None], v[:, None], chosen[:, None], valid=valid)
+    return y, ring, k, v

@@ -1,0 +1,1 @@
+"""Synthetic recall tasks and evaluations: each a deterministic generator and a metric."""
