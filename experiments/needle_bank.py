@@ -15,16 +15,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
-PADDED_QUESTION, PADDED_ANSWER = 28, 8
+PADDED_QUESTION, PADDED_ANSWER = 28, 8  # tokens
+PREFIX = 16 << 10  # tokens of the smallest memory; needles stand in it
+BLOCK = 256  # documents read at once when a bank is built
+ASKED = 64  # questions of a batch
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,22 @@ def build_model(config: Config):
     return LanguageModel(body, config.vocab, embed_std=1.0, logit_scale=d**-0.5)
 
 
-BLOCK = 256  # documents read at once when a bank is built
-
-
 @dataclass(frozen=True)
 class Corpus:
     tokenizer: Any
     documents: np.ndarray  # int32 [n, document_tokens], every one full and distinct
     train_words: list[str]
     held_out: list[str]
-    special: dict[str, int] = field(default_factory=dict)
+    special: dict[str, int]
+    training: np.ndarray  # documents the model is trained on: not those of the bank, where the corpus has enough
+
+    def first(self, count: int):
+        """The first documents, as a bank is built of them."""
+        from memjax.data import TokenizedDocuments
+
+        ids = self.documents[:count]
+        full, number = np.full(len(ids), ids.shape[1], np.int32), np.arange(len(ids), dtype=np.int32)
+        return TokenizedDocuments(ids, full, np.zeros_like(number), number + 1, number + 1, ("corpus",))
 
 
 def read_corpus(config: Config, count: int) -> Corpus:
@@ -121,8 +129,11 @@ def read_corpus(config: Config, count: int) -> Corpus:
             f"--tokens {config.tokens} needs {count} documents, the corpus has {len(documents)}: name a --folder with more text"
         )
     documents = documents[np.random.default_rng(7).permutation(len(documents))]
+    rest = documents[count:]
     train, held_out = needle.split_words(needle.common_words(f.text for f in files), 600)
-    return Corpus(tokenizer, documents, train, held_out, reading.special_ids(tokenizer))
+    return Corpus(
+        tokenizer, documents, train, held_out, reading.special_ids(tokenizer), rest if len(rest) >= 4096 else documents
+    )
 
 
 def training_batch(config: Config, corpus: Corpus):
@@ -134,19 +145,23 @@ def training_batch(config: Config, corpus: Corpus):
     width = 2 * (config.document_tokens + 1) + PADDED_QUESTION + 1 + PADDED_ANSWER
 
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pool = corpus.documents[rng.integers(0, len(corpus.documents), config.pool_documents)].copy()
+        pool = corpus.training[rng.integers(0, len(corpus.training), config.pool_documents)]
         gold = rng.permutation(config.pool_documents)[: config.batch]
         asked = needle.needles(rng, corpus.train_words, config.batch)
         for at, one in zip(gold, asked, strict=True):
             pool[at] = needle.plant(rng, pool[at], encode(one.sentence))
         # a distractor is mostly another question's document: copying must find the key, not just any number
-        other = np.where(rng.random(config.batch) < 0.75, np.roll(gold, 1), rng.integers(0, config.pool_documents, config.batch))
+        other = np.where(
+            rng.random(config.batch) < 0.75, np.roll(gold, 1), rng.integers(0, config.pool_documents, config.batch)
+        )
         questions = [encode(one.question) for one in asked]
         answers = [np.append(encode(one.value), special["<end>"]) for one in asked]
         texts = []
         for i, q in enumerate(questions):
             pair = [pool[gold[i]], pool[other[i]]]
-            texts.append(np.concatenate([reading.reading(special, pair if rng.random() < 0.5 else pair[::-1], q), answers[i]]))
+            texts.append(
+                np.concatenate([reading.reading(special, pair if rng.random() < 0.5 else pair[::-1], q), answers[i]])
+            )
         question, question_valid = reading.pad_left([reading.question(special, q) for q in questions], PADDED_QUESTION)
         text, text_valid = reading.pad_left(texts, width)
         answer = np.arange(width)[None] >= width - np.array([len(a) for a in answers])[:, None]
@@ -184,31 +199,225 @@ def train(config: Config, corpus: Corpus, model, seed: int, directory: Path | No
     ).params
 
 
-def pool(model, params, documents: np.ndarray):
-    """k, v, rk [n, M, g, d] of documents, block by block, and their lengths in chunks; numpy, bfloat16."""
+def build(config: Config, corpus: Corpus, model, params, path: Path) -> dict[str, Any]:
+    """Write the bank of the first documents of the corpus to `path`; documents, bytes and tokens per second."""
+    from memjax import to_config
+    from memjax.in_storage.bank_files import BankWriter
     from memjax.lm import reader
+    from memjax.memory import config_hash
+    from memjax.train import Progress
 
-    blocks = []
-    for at in range(0, len(documents), BLOCK):
-        rows = documents[at : at + BLOCK]
-        valid = np.arange(BLOCK)[:, None] < np.full((1, rows.shape[1]), len(rows))
-        rows = np.concatenate([rows, np.zeros((BLOCK - len(rows), rows.shape[1]), np.int32)])
-        pooled = reader.pool_documents(model, params, rows, valid)
-        used = int(pooled.count[0, 0])
-        blocks.append([np.asarray(a)[:, :used] for a in pooled[:3]] + [np.asarray(pooled.doc_len)[:len(documents) - at]])
-        yield blocks[-1], min(at + BLOCK, len(documents)) - at
+    count = parse_tokens(config.tokens) // config.document_tokens
+    router = reader.router_layers(model)
+    kept = {
+        "layers": len(router), "kv_heads": router[0].kv_heads, "head_dim": router[0].head_dim, "vocab": config.vocab,
+        "model_hash": config_hash(model), "model_config": to_config(model), "tokenizer_hash": corpus.tokenizer.hash,
+    }  # fmt: skip
+    next(reader.pool_blocks(model, params, corpus.first(1), BLOCK))  # compile
+    began = time.perf_counter()
+    with BankWriter(path, **kept) as writer, Progress(count * config.document_tokens, "bank", unit="token") as bar:
+        for block in reader.pool_blocks(model, params, corpus.first(count), BLOCK):
+            writer.append(block)
+            bar.update(len(block.doc_len) * config.document_tokens)
+    seconds = time.perf_counter() - began
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    tokens = count * config.document_tokens
+    return {
+        "documents": count,
+        "tokens": tokens,
+        "bytes_per_token": size / tokens,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def questions(config: Config, corpus: Corpus) -> list[tuple[np.ndarray, list, np.ndarray]]:
+    """For each draw: the first 16K tokens with needles planted, the needles, and the document of each."""
+    from memjax.tasks import needle
+
+    prefix = corpus.documents[: PREFIX // config.document_tokens]
+    out = []
+    for draw in range(config.draws):
+        rng = np.random.default_rng([draw, 1])
+        documents, asked = prefix.copy(), needle.needles(rng, corpus.held_out, config.questions)
+        gold = rng.permutation(len(prefix))[: config.questions]
+        for at, one in zip(gold, asked, strict=True):
+            documents[at] = needle.plant(rng, documents[at], corpus.tokenizer.encode(one.sentence))
+        out.append((documents, asked, gold))
+    return out
+
+
+def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[str, Any]]:
+    """Put the same questions to every prefix of the bank."""
+    import jax
+    import jax.numpy as jnp
+
+    from memjax.in_storage.bank_files import open_bank
+    from memjax.lm import reader
+    from memjax.tasks import needle
+
+    whole, rows = open_bank(path, location="device").bank, []
+    chunks = config.document_tokens // config.pool
+    planted = questions(config, corpus)
+    for size in sizes(config):
+        n = size // config.document_tokens
+        cut = {name: getattr(whole, name)[:, : n * chunks] for name in ("rk", "k", "v")}
+        bank = whole._replace(
+            **cut, chunk_doc=whole.chunk_doc[: n * chunks], doc_start=whole.doc_start[:n], doc_len=whole.doc_len[:n]
+        )
+        found, right, seconds = [], [], []
+        for documents, asked, gold in planted:
+            texts = replace(corpus, documents=np.concatenate([documents, corpus.documents[len(documents) : n]]))
+            blocks = list(reader.pool_blocks(model, params, texts.first(len(documents)), BLOCK))
+            new = {name: np.concatenate([getattr(b, name) for b in blocks], 1) for name in ("rk", "k", "v")}
+            bank = bank._replace(
+                **{name: getattr(bank, name).at[:, : a.shape[1]].set(jnp.asarray(a)) for name, a in new.items()}
+            )
+            for at in range(0, len(asked), ASKED):
+                batch = asked[at : at + ASKED]
+                for timed in (False, True) if not seconds else (True,):  # the first batch of a size compiles
+                    began = time.perf_counter()
+                    got = reader.answer(
+                        model, params, bank, corpus.tokenizer, [one.question for one in batch], texts.documents.__getitem__,
+                        steps=PADDED_ANSWER, question_width=PADDED_QUESTION,
+                        reading_width=2 * (config.document_tokens + 1) + PADDED_QUESTION + 1,
+                    )  # fmt: skip
+                    if timed:
+                        seconds.append((time.perf_counter() - began) / len(batch))
+                chosen = got.routing.documents[:, :, :4] == gold[at : at + ASKED][None, :, None]
+                found.append(chosen.any(-1))
+                said = [reader.answer_text(corpus.tokenizer, tokens) for tokens in got.tokens]
+                right += [needle.is_correct(text, one) for text, one in zip(said, batch, strict=True)]
+        recall = np.concatenate(found, 1)
+        rows.append({
+            "tokens": size, "documents": n, "recall_at_4": recall.mean(1).tolist(), "accuracy": float(np.mean(right)),
+            "seconds_per_question": statistics.median(seconds), "seconds": seconds,
+            "found": recall.astype(int).tolist(), "right": np.asarray(right, int).tolist(),
+        })  # fmt: skip
+        line = rows[-1]
+        recalls = " ".join(f"{r:.3f}" for r in line["recall_at_4"])
+        print(
+            f"  {show_tokens(size):>5} tokens: recall@4 {recalls}, answers {line['accuracy']:.3f}, "
+            f"{1e3 * line['seconds_per_question']:.1f} ms a question",
+            flush=True,
+        )
+        jax.clear_caches()  # each size compiles its own search
+    return rows
+
+
+def relative_drop(rows: list[dict[str, Any]], seed: int = 0) -> None:
+    """Add to each row its drop in accuracy from the first one, relative, with a paired 95 % bootstrap interval."""
+    rng, base = np.random.default_rng(seed), np.asarray(rows[0]["right"], float)
+    for row in rows:
+        now = np.asarray(row["right"], float)
+        resampled = rng.integers(0, len(base), (4000, len(base)))
+        b, n = base[resampled].mean(1), now[resampled].mean(1)
+        low, high = np.quantile(1 - n / np.maximum(b, 1e-9), [0.025, 0.975])
+        row["drop"] = float(1 - now.mean() / max(base.mean(), 1e-9))
+        row["drop_interval"] = [float(low), float(high)]
+
+
+def table(body: dict[str, Any]) -> None:
+    """Print what a record says: one row a size, mean over the seeds (spread in brackets)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    runs = body["runs"]
+    out = Table(
+        title=f"needles in a growing memory ({len(runs)} training seed{'s' * (len(runs) > 1)})", title_justify="left"
+    )
+    columns = ["tokens", "documents", "recall@4 by router layer", "answers", "drop from first", "ms a question"]
+    for name in columns:
+        out.add_column(name, justify="right")
+    for i, row in enumerate(runs[0]["sizes"]):
+        same = [run["sizes"][i] for run in runs]
+        recall = np.array([r["recall_at_4"] for r in same])
+        accuracy, drop = (np.array([r[name] for r in same]) for name in ("accuracy", "drop"))
+        low, high = same[0]["drop_interval"] if len(same) == 1 else (drop.min(), drop.max())
+        spread = f" ({accuracy.min():.3f} to {accuracy.max():.3f})" if len(same) > 1 else ""
+        out.add_row(
+            show_tokens(row["tokens"]),
+            f"{row['documents']:,}",
+            "  ".join(f"{r:.3f}" for r in recall.min(0)),
+            f"{accuracy.mean():.3f}{spread}",
+            f"{drop.mean():+.1%} ({low:+.1%} to {high:+.1%})",
+            f"{1e3 * statistics.median(r['seconds_per_question'] for r in same):.1f}",
+        )
+    console = Console()
+    console.print(out)
+    bank = [run["bank"] for run in runs]
+    console.print(
+        f"bank: {bank[0]['bytes_per_token']:.1f} bytes a token, built at {statistics.median(b['tokens_per_second'] for b in bank):,.0f}"
+        f" tokens/s; trained on {body['trained_on']:,} tokens of memory in {statistics.median(r['train_seconds'] for r in runs):.0f} s"
+    )
+
+
+def sizes(config: Config) -> list[int]:
+    """16K, then four times as much until the whole."""
+    whole, out = parse_tokens(config.tokens), [PREFIX]
+    while out[-1] * 4 < whole:
+        out.append(out[-1] * 4)
+    return [*out, whole] if whole > out[-1] else out
+
+
+def parse_tokens(text: str) -> int:
+    """ "4M" -> 4194304."""
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isdigit() or int(digits) * unit < PREFIX:
+        raise SystemExit(f"--tokens is {text!r}, needs a number of at least 16K, such as 65536, 64K or 4M")
+    return int(digits) * unit
+
+
+def show_tokens(n: int) -> str:
+    return f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}K"
 
 
 def main(config: Config) -> dict[str, Any]:
-    from experiments import record
-
     if config.quick:
         config = replace(config, **QUICK)
-    body: dict[str, Any] = {"config": json.loads(json.dumps(asdict(config), default=str)), "runs": []}
+    import jax
+
+    if config.device:
+        jax.config.update("jax_platforms", config.device)
+    from experiments import record
+
+    device = jax.devices()[0]
+    print(f"{device.platform} x {jax.device_count()} ({device.device_kind}), jax {jax.__version__}", flush=True)
+    count = parse_tokens(config.tokens) // config.document_tokens
+    print(f"reading the corpus for {count:,} documents of {config.document_tokens} tokens", flush=True)
+    corpus, model = read_corpus(config, count), build_model(config)
+    print(f"{len(corpus.documents):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
+    body: dict[str, Any] = {
+        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "trained_on": config.pool_documents * config.document_tokens,
+        "runs": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="needle-bank-") as scratch:
+        for seed in config.seeds:
+            home = (config.output or Path(scratch)) / f"seed-{seed}"
+            began = time.perf_counter()
+            params = train(config, corpus, model, seed, home)
+            seconds = time.perf_counter() - began
+            bank = build(config, corpus, model, params, home / "bank")
+            rows = ask(config, corpus, model, params, home / "bank")
+            relative_drop(rows)
+            metrics = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+            body["runs"].append(
+                {"seed": seed, "train_seconds": seconds, "bank": bank, "sizes": rows, "metrics": metrics}
+            )
+    table(body)
+    if config.quick:
+        print("quick: nothing is recorded; this shows that everything runs, not how well")
+        return body
+    from memjax import plots
+
+    path = record.write("needle_bank", body, *([config.output] if config.output else []))
+    plots.plot_needle_bank(path, path.with_suffix(".png"))
+    print(f"wrote {path} and its picture {path.with_suffix('.png').name}")
     return body
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

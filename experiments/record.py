@@ -58,5 +58,3 @@ def _commit() -> str | None:
     root = Path(__file__).parent
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return run.stdout.strip() or None
-
-

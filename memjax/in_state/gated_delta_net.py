@@ -102,10 +102,9 @@ class GatedDeltaNet(Memory):
         }
 
     def state_specs(self, batch):
-        return GatedDeltaNetState(
-            S=Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value")),
-            conv=Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None)),
-        )
+        S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
+        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
+        return GatedDeltaNetState(S, conv)  # type: ignore[arg-type]
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         # q, k, v = silu(conv(x W)), then q and k of length 1

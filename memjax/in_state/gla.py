@@ -123,8 +123,9 @@ class GatedLinearAttention(Memory):
     def state_specs(self, batch):
         S = Slot((batch, self.heads, self.k, self.v), ("batch", "heads", "key", "value"))
         if not self.use_short_conv:
-            return GatedLinearAttentionState(S)
-        return GatedLinearAttentionState(S, Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None)))
+            return GatedLinearAttentionState(S)  # type: ignore[arg-type]
+        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
+        return GatedLinearAttentionState(S, conv)  # type: ignore[arg-type]
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         # q, k, v = x W, without an activation, or silu(conv(x W))

@@ -64,10 +64,12 @@ def reserve(bank: Bank, chunks: int, documents: int) -> Bank:
         )
 
     return Bank(
-        *(more(a, 1, chunks, 0) for a in bank[:3]),
-        more(bank.chunk_doc, 0, chunks, -1),
-        more(bank.doc_start, 0, documents, -1),
-        more(bank.doc_len, 0, documents, 0),
+        rk=more(bank.rk, 1, chunks, 0),
+        k=more(bank.k, 1, chunks, 0),
+        v=more(bank.v, 1, chunks, 0),
+        chunk_doc=more(bank.chunk_doc, 0, chunks, -1),
+        doc_start=more(bank.doc_start, 0, documents, -1),
+        doc_len=more(bank.doc_len, 0, documents, 0),
     )
 
 
@@ -113,10 +115,12 @@ def append(
 
     starts = at + np.cumsum(lengths) - lengths
     return Bank(
-        *(put(old, new, 1, at) for old, new in ((bank.rk, rk), (bank.k, k), (bank.v, v))),
-        put(bank.chunk_doc, np.repeat(np.arange(first, first + p), lengths), 0, at),
-        put(bank.doc_start, starts, 0, first),
-        put(bank.doc_len, lengths, 0, first),
+        rk=put(bank.rk, rk, 1, at),
+        k=put(bank.k, k, 1, at),
+        v=put(bank.v, v, 1, at),
+        chunk_doc=put(bank.chunk_doc, np.repeat(np.arange(first, first + p), lengths), 0, at),
+        doc_start=put(bank.doc_start, starts, 0, first),
+        doc_len=put(bank.doc_len, lengths, 0, first),
     )
 
 

@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -44,7 +44,29 @@ SHARD = {"rk": TILE, "k": TILE, "v": TILE, "ids": 1 << 20}
 INNER = {"rk": 1024, "k": 32, "v": 32, "ids": 4096}
 CACHE_BYTES = 64 << 20  # of shard indexes and inner chunks, over all arrays of a bank
 LARGEST = 2**31 - 1  # chunks and documents are int32 in a Bank
-SEGMENT = re.compile(r"segment-[0-9a-f]{16}")
+MANIFEST = {
+    "format": {FORMAT},
+    "version": range(VERSION, VERSION + 1),
+    "id": str,
+    "model": {"hash": str, "config": object},
+    "tokenizer": {"hash": str},
+    "layers": range(1, 1 << 16),
+    "kv_heads": range(1, 1 << 16),
+    "head_dim": range(1, 1 << 16),
+    "dtype": {"bfloat16", "float32"},
+    "vocab": range(1, LARGEST),
+    "segments": [
+        {
+            "name": re.compile("segment-[0-9a-f]{16}"),
+            "documents": range(1, LARGEST),
+            "chunks": range(1, LARGEST),
+            "tokens": range(1, 1 << 62),
+            "table_sha256": re.compile("[0-9a-f]{64}"),
+        }
+    ],
+    "deleted": [range(LARGEST)],
+    "checksum": str,
+}
 
 
 class Block(NamedTuple):
@@ -356,7 +378,7 @@ def open_bank(
     doc_len[manifest["deleted"]] = 0
     gone = doc_len[chunk_doc] == 0
     chunk_doc[gone] = -1
-    arrays = _open_arrays(path, manifest)
+    arrays = _open_arrays(path, manifest, CACHE_BYTES if location == "disk" else 0)
     ids = arrays.pop("ids")
     if location != "disk":
         arrays = {name: a[:] for name, a in arrays.items()}
@@ -375,10 +397,9 @@ def _check_owner(path: Path, manifest: dict, model_hash: str | None, tokenizer_h
 
 def _read_tables(path: Path, manifest: dict) -> Documents:
     parts = [_read_table(path / s["name"], manifest, s) for s in manifest["segments"]]
+    column = {c: np.concatenate([t[c] for t in parts]) for c in ("first_line", "last_line", "tokens", "chunks")}
     return Documents(
-        [p for t in parts for p in t["path"]],
-        *(np.concatenate([t[c] for t in parts]) for c in ("first_line", "last_line", "tokens", "chunks")),
-        [s for t in parts for s in t["sha256"]],
+        path=[p for t in parts for p in t["path"]], sha256=[s for t in parts for s in t["sha256"]], **column
     )
 
 
@@ -437,8 +458,8 @@ def _shards(manifest: dict, entry: dict) -> dict[str, tuple[int, ...]]:
     return {name: (-(-entry["tokens"] // SHARD["ids"]),) if name == "ids" else per_row for name in SHARD}
 
 
-def _open_arrays(path: Path, manifest: dict) -> dict[str, DiskArray]:
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+def _open_arrays(path: Path, manifest: dict, cache_bytes: int) -> dict[str, DiskArray]:
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     arrays = {}
     for name in SHARD:
         size, axis = ("tokens", 0) if name == "ids" else ("chunks", 1)
@@ -574,64 +595,51 @@ def _sealed(manifest: dict) -> dict:
 
 def _check_manifest(file: str, manifest: Any) -> None:
     """Version first, since another version has other fields; then the checksum; then every field."""
-
-    def refuse(field: str, found: Any, need: str):
-        raise BankError(f"{file}: field {field!r} is {_short(repr(found))}, needs {need}")
-
-    def count(a: Any, low: int, high: int) -> bool:
-        return isinstance(a, int) and not isinstance(a, bool) and low <= a <= high
-
-    def keys(field: str, a: Any, names: set[str]) -> None:
-        if not isinstance(a, dict) or set(a) != names:
-            refuse(field, sorted(a) if isinstance(a, dict) else a, f"the fields {sorted(names)}")
-
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        refuse("format", manifest.get("format") if isinstance(manifest, dict) else manifest, repr(FORMAT))
-    if not count(manifest.get("version"), VERSION, VERSION):
-        refuse("version", manifest.get("version"), f"{VERSION}; write the bank anew")
+    if not isinstance(manifest, dict):
+        raise BankError(f"{file}: not a manifest, needs a JSON object")
+    for field, need in (("format", FORMAT), ("version", VERSION)):
+        if manifest.get(field) != need or isinstance(manifest[field], bool):
+            raise BankError(f"{file}: field {field!r} is {_short(repr(manifest.get(field)))}, needs {need!r}")
     if _sealed(manifest)["checksum"] != manifest.get("checksum"):
-        refuse("checksum", manifest.get("checksum"), "that of the other fields; the file was changed")
-    fields = "format version id model tokenizer layers kv_heads head_dim dtype vocab segments deleted checksum"
-    keys("", manifest, set(fields.split()))
-    keys("model", manifest["model"], {"hash", "config"})
-    keys("tokenizer", manifest["tokenizer"], {"hash"})
-    for field, text in (
-        ("id", manifest["id"]),
-        ("model.hash", manifest["model"]["hash"]),
-        ("tokenizer.hash", manifest["tokenizer"]["hash"]),
-    ):
-        if not isinstance(text, str):
-            refuse(field, text, "a string")
-    for field in ("layers", "kv_heads", "head_dim"):
-        if not count(manifest[field], 1, 1 << 20):
-            refuse(field, manifest[field], "a count")
-    if not count(manifest["vocab"], 1, LARGEST):
-        refuse("vocab", manifest["vocab"], "a count")
-    if manifest["dtype"] not in ("bfloat16", "float32"):
-        refuse("dtype", manifest["dtype"], "'bfloat16' or 'float32'")
-    segments, names = manifest["segments"], set()
-    if not isinstance(segments, list):
-        refuse("segments", segments, "a list")
-    for i, s in enumerate(segments):
-        at = f"segments[{i}]"
-        keys(at, s, {"name", "documents", "chunks", "tokens", "table_sha256"})
-        if not (isinstance(s["name"], str) and SEGMENT.fullmatch(s["name"])) or s["name"] in names:
-            refuse(f"{at}.name", s["name"], "a name of its own like segment-0123456789abcdef")
-        names.add(s["name"])
-        for field, high in (("documents", LARGEST), ("chunks", LARGEST), ("tokens", 1 << 62)):
-            if not count(s[field], 1, high):
-                refuse(f"{at}.{field}", s[field], "a count")
-        if not isinstance(s["table_sha256"], str):
-            refuse(f"{at}.table_sha256", s["table_sha256"], "a string")
-    for field in ("documents", "chunks"):
-        if (total := sum(s[field] for s in segments)) > LARGEST:
-            refuse(f"segments.{field}", total, f"at most {LARGEST} in all")
-    documents = sum(s["documents"] for s in segments)
-    deleted = manifest["deleted"]
-    if not (isinstance(deleted, list) and all(count(a, 0, documents - 1) for a in deleted)) or len(set(deleted)) < len(
-        deleted
-    ):
-        refuse("deleted", deleted, f"distinct documents below {documents}")
+        raise BankError(f"{file}: field 'checksum' does not fit the other fields; the file was changed or damaged")
+    _check_field(file, "", manifest, MANIFEST)
+    names = [s["name"] for s in manifest["segments"]]
+    totals = {field: sum(s[field] for s in manifest["segments"]) for field in ("documents", "chunks")}
+    for field, total in totals.items():
+        _check_field(file, f"segments.{field}", total, range(LARGEST))
+    for i, document in enumerate(manifest["deleted"]):
+        _check_field(file, f"deleted[{i}]", document, range(totals["documents"]))
+    for field, values in (("segments", names), ("deleted", manifest["deleted"])):
+        if len(set(values)) < len(values):
+            raise BankError(f"{file}: field {field!r} names something twice")
+
+
+def _check_field(file: str, field: str, found: Any, need: Any) -> None:
+    """need: a dict of fields, [need] for a list, a range of integers, a set of values, a pattern, or a type."""
+    shown = found
+    if isinstance(need, dict):
+        fits, words = isinstance(found, dict) and set(found) == set(need), f"the fields {sorted(need)}"
+        shown = sorted(found) if isinstance(found, dict) else found
+    elif isinstance(need, list):
+        fits, words = isinstance(found, list), "a list"
+    elif isinstance(need, range):
+        fits = isinstance(found, int) and not isinstance(found, bool) and found in need
+        words = f"a whole number from {need.start} to {need.stop - 1}"
+    elif isinstance(need, set):
+        fits, words = isinstance(found, str) and found in need, f"one of {sorted(need)}"
+    elif isinstance(need, re.Pattern):
+        fits, words = isinstance(found, str) and bool(need.fullmatch(found)), f"the form {need.pattern}"
+    else:
+        fits, words = isinstance(found, need), f"a {need.__name__}"
+    if not fits:
+        raise BankError(f"{file}: field {field!r} is {_short(repr(shown))}, needs {words}")
+    parts = {}
+    if isinstance(need, dict):
+        parts = {f"{field}.{name}".lstrip("."): (name, part) for name, part in need.items()}
+    elif isinstance(need, list):
+        parts = {f"{field}[{i}]": (i, need[0]) for i in range(len(shown))}
+    for name, (key, part) in parts.items():
+        _check_field(file, name, cast(Any, found)[key], part)
 
 
 # ---------------------------------------------------------------------------------------------- small parts

@@ -31,7 +31,8 @@ import functools
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TextIO
+from io import TextIOBase
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def check(
     golden: Callable[[], Iterable[tuple[str, float, bool]]] | None = None,
     bfloat16_error: float = 3e-2,
     raise_on_failure: bool = False,
-    out: TextIO | None = None,
+    out: TextIOBase | None = None,
 ) -> dict[str, Result]:
     """Check a memory against the laws and print one line for each.
 
@@ -102,7 +103,8 @@ def check(
     words = [f"{number[True]} hold", f"{number[False]} broken", f"{number[None]} not applicable"]
     print(f"  {', '.join(words)} ({time.perf_counter() - begin:.1f} s)", file=out)
     if raise_on_failure and number[False]:
-        raise AssertionError("\n".join([f"{type(memory).__name__} breaks", *(f"  {r}" for r in results.values() if r.ok is False)]))
+        broken = [f"\n  {r}" for r in results.values() if r.ok is False]
+        raise AssertionError(f"{type(memory).__name__} breaks" + "".join(broken))
     return results
 
 

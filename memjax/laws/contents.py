@@ -113,8 +113,8 @@ def packing(bench: Bench, case: Case) -> str:
         alone = alone._replace(valid=alone.valid & inside)
         y1, s = bench.run(apply, alone, bench.rows(rows, [d[3] for d in group]))
         for j, (r, lo, hi, _) in enumerate(group):
-            where = f", row {r}, document of tokens {lo} to {hi}"
-            same(y[r : r + 1], y1[j : j + 1], "y", where, alone.valid[j : j + 1])
+            where = f", document of tokens {lo} to {hi - 1} alone"
+            same(y[r], y1[j], "y", where, alone.valid[j], places=[(r, t) for t in range(T)])
             if hi == T:
                 same_state(bench.rows(state, [r]), bench.rows(s, [j]), where)
     return "every document by itself, begun at valid and invalid tokens"

@@ -106,7 +106,9 @@ def generate(
 
     valid: padding of ragged prompts, on either side. key: needed when sampling.
     """
-    pieces = stream(model, params, state, prompt, steps=steps, block=steps, valid=valid, key=key, sampling=sampling, how=how)
+    pieces = stream(
+        model, params, state, prompt, steps=steps, block=steps, valid=valid, key=key, sampling=sampling, how=how
+    )
     ((tokens, state),) = pieces
     return tokens, state
 

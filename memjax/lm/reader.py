@@ -9,7 +9,7 @@ the layers agree on are read in the same rows, and the answer is decoded behind 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +19,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from memjax.combinators import Combinator
+from memjax.data.corpus import TokenizedDocuments
 from memjax.data.tokenizer import Tokenizer
 from memjax.in_storage import bank as banks
+from memjax.in_storage.bank_files import Block
 from memjax.in_storage.msa import MSA, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
@@ -51,6 +53,34 @@ def pool_documents(
     stack = lambda name: jnp.stack([getattr(s, name) for s in call.stores])  # noqa: E731
     k, v, rk = (stack(name).astype(dtype) for name in ("k", "v", "rk"))
     return Pooled(k, v, rk, call.stores[0].doc_len, stack("count"))
+
+
+def pool_blocks(model: Memory, params: dict, documents: TokenizedDocuments, rows: int = 256) -> Iterator[Block]:
+    """Read documents `rows` at a time, in one compiled shape, and yield what a bank keeps of them (`BankWriter.append`).
+
+    Raises ValueError where the model's store (`capacity`, `documents`) is too small for a block.
+    """
+    n, width = documents.ids.shape
+    for at in range(0, n, rows):
+        lengths = np.zeros(rows, np.int32)
+        ids = np.zeros((rows, width), np.int32)
+        here = min(rows, n - at)
+        lengths[:here], ids[:here] = documents.lengths[at : at + here], documents.ids[at : at + here]
+        valid = np.arange(width, dtype=np.int32)[None] < lengths[:, None]
+        pooled = jax.device_get(pool_documents(model, params, ids, valid))
+        if lost := int(pooled.count[:, 2].max()):
+            raise ValueError(
+                f"pool_blocks: {lost} chunks of {rows} documents find no room in the store of {router_layers(model)[0]}"
+            )
+        chunks, where = int(pooled.count[0, 0]), slice(at, at + here)
+        yield Block(
+            *(a[:, :chunks] for a in (pooled.rk, pooled.k, pooled.v)),
+            doc_len=pooled.doc_len[:here],
+            ids=[row[:length] for row, length in zip(ids[:here], lengths, strict=False)],
+            path=[documents.paths[i] for i in documents.path_index[where]],
+            first_line=documents.first_line[where],
+            last_line=documents.last_line[where],
+        )
 
 
 def router_layers(model: Memory) -> list[MSA]:
@@ -97,7 +127,10 @@ def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
         ids, scores = routing.documents[:, b], routing.scores[:, b]
         floor = [float(s[i >= 0].min()) if (i >= 0).any() else 0.0 for i, s in zip(ids, scores, strict=True)]
         layers = [dict(zip(i.tolist(), s.tolist(), strict=True)) for i, s in zip(ids, scores, strict=True)]
-        total = {d: float(np.mean([a.get(d, f) for a, f in zip(layers, floor, strict=True)])) for d in set(ids[ids >= 0].tolist())}
+        total = {
+            d: float(np.mean([a.get(d, f) for a, f in zip(layers, floor, strict=True)]))
+            for d in set(ids[ids >= 0].tolist())
+        }
         rows.append(sorted(total.items(), key=lambda item: (-item[1], item[0]))[:count])
     return rows
 
@@ -209,7 +242,11 @@ class _Ask(_Thread):
     def routed(self, memory: MSA, params, state: MSAState, x):
         layer = len(self.chosen)
         queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"])
-        reduce = {"head_reduce": memory.head_reduce, "query_reduce": memory.query_reduce, "chunk_reduce": memory.chunk_reduce}
+        reduce = {
+            "head_reduce": memory.head_reduce,
+            "query_reduce": memory.query_reduce,
+            "chunk_reduce": memory.chunk_reduce,
+        }
         scores, documents = banks.route(self.bank, layer, queries, asks, top_k=memory.top_k, **reduce)
         k, v, chosen, _ = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.chosen.append((documents, scores))

@@ -24,7 +24,9 @@ SPECIAL = ("<question>", "<document>", "<answer>", "<end>")
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of the marks above. Raises TokenizerError where one is missing."""
     if missing := [name for name in SPECIAL if name not in tokenizer.special]:
-        raise TokenizerError(f"tokenizer: has no special token {missing[0]}; a reading model needs {', '.join(SPECIAL)}")
+        raise TokenizerError(
+            f"tokenizer: has no special token {missing[0]}; a reading model needs {', '.join(SPECIAL)}"
+        )
     return {name: tokenizer.special[name] for name in SPECIAL}
 
 

@@ -57,20 +57,18 @@ def assert_found(got, scores, top_k):
     np.testing.assert_allclose(got[0], np.take_along_axis(scores, best, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("chunk", ["max", "mean"])
 @pytest.mark.parametrize("query", ["max", "mean", "last"])
 @pytest.mark.parametrize("head", ["mean", "max"])
-def test_route_is_the_sheet(head, query, chunk, where):
+def test_route_is_the_sheet(head, query, chunk):
     bank = some([3, 1, 7, 2, 5])
     queries, routes = question(g=H if head == "mean" else 2 * H)
     want = scores_by_hand(bank, 1, queries, routes, head, query, chunk)
-    at = jax.device_put(bank) if where == "device" else bank
-    got = banks.route(at, 1, queries, routes, top_k=4, head_reduce=head, query_reduce=query, chunk_reduce=chunk)
+    got = banks.route(bank, 1, queries, routes, top_k=4, head_reduce=head, query_reduce=query, chunk_reduce=chunk)
     assert_found(got, want, 4)
 
 
-@pytest.mark.parametrize("chunks", [255, 256, 257, 1000, 16384, 16385, 40000])
+@pytest.mark.parametrize("chunks", [200, 256, 257, 16385, 40000])
 @pytest.mark.parametrize("chunk", ["max", "mean"])
 def test_tiles_cover_every_chunk_once(chunks, chunk):
     lengths = [3] * (chunks // 3) + [chunks % 3] * (chunks % 3 > 0)
@@ -245,7 +243,7 @@ def test_law_2_sharded_equals_whole(shards):
     seed=st.integers(0, 1000),
 )
 def test_law_2_ties_and_small_shards(lengths, shards, top_k, same, seed):
-    """Ties across shards, and shards with fewer than top_k documents or none; with spare room, so that it compiles once."""
+    """Ties across shards, and shards with fewer than top_k documents or none; with spare room, to compile once."""
     bank, (queries, routes) = some(lengths, layers=1, seed=seed), question(b=2, q=3, seed=seed)
     if same:
         bank = bank._replace(rk=np.broadcast_to(bank.rk[:, :1], bank.rk.shape).copy())

@@ -262,14 +262,14 @@ def rewrite(bank, change, seal=True):
     [
         ("segments[0].name", lambda m: m["segments"][0].update(name="/etc")),
         ("segments[0].name", lambda m: m["segments"][0].update(name="../corpus.bank/" + m["segments"][0]["name"])),
-        ("segments[1].name", lambda m: m["segments"].append(m["segments"][0])),
+        ("segments", lambda m: m["segments"].append(m["segments"][0])),
         ("segments", lambda m: m.update(segments=[])),
-        ("sizes", lambda m: m["segments"][0].update(chunks=10**6, documents=6)),
+        ("chunks", lambda m: m["segments"][0].update(chunks=10**6)),
         ("segments[0].chunks", lambda m: m["segments"][0].update(chunks=-1)),
         ("chunks", lambda m: m["segments"][0].update(chunks=21)),
         ("tokens", lambda m: m["segments"][0].update(tokens=81)),
         ("file", lambda m: m["segments"][0].update(documents=5)),
-        ("deleted", lambda m: m.update(deleted=[6])),
+        ("deleted[0]", lambda m: m.update(deleted=[6])),
         ("deleted", lambda m: m.update(deleted=[1, 1])),
         ("layers", lambda m: m.update(layers=True)),
         ("sizes", lambda m: m.update(layers=3)),
@@ -283,8 +283,6 @@ def rewrite(bank, change, seal=True):
 )
 def test_edited_manifests_are_refused_by_field(bank, field, change):
     rewrite(bank, change)
-    if field == "sizes" and json.loads((bank / "manifest.json").read_bytes())["layers"] == LAYERS:
-        field = "chunks"
     with pytest.raises(BankError) as error:
         open_bank(bank)
     assert f"'{field}'" in one_line(error)
