@@ -1,6 +1,7 @@
 """Memories made of memories. A combinator writes one function, `thread`: how x, params and state run through the parts.
 
-Params, state and aux of a combinator have the same keys. This file imports no architecture.
+Params, state and aux of a combinator have the same keys; only `Repeat` keeps the parameters of all layers in one array.
+This file imports no architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Call(Protocol):
     unrolled: bool
     remat: bool
 
-    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, dict]: ...
+    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Verb:
     def remat(self) -> bool:
         return self.how.remat
 
-    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, dict]:
+    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
         y, state, *aux = getattr(memory, self.name)(params, state, x, **self.tokens, how=self.how)
         return y, state, aux[0] if aux else {}
 
@@ -52,7 +53,7 @@ class Verb:
 class Combinator(Memory):
     """A memory around memories: the fields that are memories (or tuples of them) are its parts."""
 
-    def thread(self, call: Call, params, state, x) -> tuple[Any, Any, dict]:
+    def thread(self, call: Call, params, state, x) -> tuple[Any, Any, Any]:
         """Run x through the parts by `call(memory, params, state, x) -> (y, state, aux)`."""
         raise NotImplementedError
 
@@ -131,7 +132,7 @@ class Stack(Combinator):
 
 @dataclass(frozen=True)
 class Repeat(Combinator):
-    """n blocks of one kind, compiled once: parameters have a leading axis "layers", the state is a tuple of n states.
+    """n blocks of one kind, compiled once: parameters have a leading axis "layers"; state and aux are tuples of n.
 
     `apply` and `write` scan over the layers. `step` is unrolled, each state updated in place: under a scan every cache
     would be copied at every decoded token.
@@ -158,15 +159,16 @@ class Repeat(Combinator):
                 x, s, aux = call(self.block, layer(i), state[i], x)
                 out.append((s, aux))
             states, auxes = zip(*out, strict=True)
-            return x, tuple(states), jax.tree.map(lambda *a: jnp.stack(a), *auxes)
+            return x, states, auxes
 
         def body(x, now):
             x, s, aux = call(self.block, *now, x)
             return x, (s, aux)
 
-        body = jax.checkpoint(body) if call.remat else body
-        x, (states, aux) = lax.scan(body, x, (params, jax.tree.map(lambda *a: jnp.stack(a), *state)))
-        return x, tuple(jax.tree.map(lambda a: a[i], states) for i in range(self.n)), aux
+        body = jax.checkpoint(body, prevent_cse=False) if call.remat else body
+        x, out = lax.scan(body, x, (params, jax.tree.map(lambda *a: jnp.stack(a), *state)), length=self.n)
+        states, auxes = zip(*(jax.tree.map(lambda a: a[i], out) for i in range(self.n)), strict=True)  # noqa: B023
+        return x, states, auxes
 
 
 def _stacked(p: Param, n: int) -> Param:
@@ -205,10 +207,11 @@ class Gate(Combinator):
         return g * ya + (1 - g) * yb, {"a": sa, "b": sb}, {"a": aux_a, "b": aux_b}
 
 
-def total(aux: dict) -> dict[str, Array]:
-    """The auxiliary values of a whole model, summed over layers and added up by their last name."""
+def total(aux: Any) -> dict[str, Array]:
+    """The auxiliary scalars of a whole model, added up over its layers by their last name; larger arrays are left out."""
     out: dict[str, Array] = {}
     for path, a in jax.tree_util.tree_leaves_with_path(aux):
-        name = path[-1].key
-        out[name] = out[name] + jnp.sum(a) if name in out else jnp.sum(a)
+        if a.ndim == 0:
+            name = path[-1].key
+            out[name] = out[name] + a if name in out else a
     return out

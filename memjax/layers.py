@@ -38,7 +38,7 @@ def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, "
 
 
 def gate(x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None) -> Float[Array, "*b o"]:
-    """x W (+ bias) for gates and decays: product in the dtype of x, accumulated and returned in float32."""
+    """x W (+ bias) for gates, decays and logits: product in the dtype of x, accumulated and returned in float32."""
     accumulate = wide(x).dtype
     y = jnp.einsum("...i,io->...o", x, w.astype(x.dtype), preferred_element_type=accumulate)
     return y if bias is None else y + row(bias, y)

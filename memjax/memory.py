@@ -30,7 +30,7 @@ from memjax.errors import ConfigError
 Kind: TypeAlias = Literal["matrix", "embedding", "vector", "gate"]
 Initializer: TypeAlias = Callable[[Array, tuple[int, ...]], Array]
 
-# State axes whose length is a capacity: a store may be larger than its class declares (a bank grows), never another shape.
+# State axes whose length is a capacity: a store may be larger than declared (a bank grows), never another shape.
 CAPACITY_AXES = ("chunks", "documents")
 
 
@@ -56,7 +56,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Slot:
-    """One array of the state. The dimension named "batch" is the row; a slot without it is shared by all rows (a store)."""
+    """One array of the state. The dimension named "batch" is the row; all rows share a slot without it (a store)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -89,7 +89,8 @@ class How:
     """How to compute, never what: handed down by combinators, read only by ops, convolutions and attention.
 
     implementation: None picks the best for the platform that is lowered for; a name never falls back.
-    remat: recompute the activations of each block in the backward pass instead of keeping them.
+    remat: recompute activations in the backward pass instead of keeping them: of each block of a `Repeat`, and of each
+        turn of a sequence that is handed over between devices.
     """
 
     implementation: str | None = None
@@ -106,7 +107,7 @@ class Memory:
     Every verb takes optional arrays beside x, [b, t] (in `step` [b]):
       ids    int32, token ids, for memories that are indexed by tokens
       valid  bool, False: padding; the token changes neither the state nor any valid output
-      start  bool, True: the row is cleared before this token, valid or not, so that packed documents don't see each other
+      start  bool, True: the row is cleared before this token, valid or not: packed documents don't see each other
     Positions count the valid tokens since `start`. The output at an invalid token is arbitrary but finite.
     Compute dtype is the dtype of x; recurrent states accumulate in the dtype they are declared in.
     """
@@ -121,9 +122,10 @@ class Memory:
         super().__init_subclass__(**kwargs)
         if cls.apply is Memory.apply and cls.apply_with_aux is Memory.apply_with_aux:
             raise TypeError(f"{cls.__name__} must define apply or apply_with_aux")
+        inherited = [v for v in ("step", "write") if getattr(cls, v) is getattr(Memory, v)]
         for verb in ("apply", "apply_with_aux", "step", "write"):
-            if verb in cls.__dict__:
-                setattr(cls, verb, _checked(cls.__dict__[verb]))
+            if verb in cls.__dict__ or verb in inherited:
+                setattr(cls, verb, _checked(getattr(cls, verb)))
 
     # what an architecture writes -----------------------------------------------------------------
 
@@ -152,12 +154,12 @@ class Memory:
         return y[:, 0], state
 
     def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
-        """Documents into the store; each row of the call begins a document. Without a store: read from empty, forgotten."""
+        """Documents into the store; each row of the call begins one. Without a store: read from empty, forgotten."""
         y, _ = self.apply(params, self.init_state(x.shape[0]), x, ids=ids, valid=valid, start=start, how=how)
         return y, state
 
     def init(self, key: Array) -> dict:
-        """Parameters. Each draws from a key made of `key` and its own path: adding one leaves the others as they were."""
+        """Parameters. Each draws from a key made of `key` and its path: adding one leaves the others as they were."""
         flat, tree = jax.tree_util.tree_flatten_with_path(self.param_specs())
         return tree.unflatten([spec.init(_param_key(key, path, spec), spec.shape) for path, spec in flat])
 
@@ -227,6 +229,7 @@ def _checked(verb):
     @functools.wraps(verb)
     def wrapped(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         name = f"{type(self).__name__}.{verb.__name__}"
+        x, ids, valid, start = (None if a is None else jnp.asarray(a) for a in (x, ids, valid, start))
         axes = ("b",) if verb.__name__ == "step" else ("b", "t")
         _check_x(self, name, x, axes)
         rows = x.shape[: len(axes)]
@@ -326,8 +329,9 @@ def from_config(config: Any) -> Any:
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := [k for k in config if k not in fields | {"class"}]:
         raise ConfigError(f"config: {path} has no field {unknown[0]!r}; it has {sorted(fields)}")
+    values = {k: from_config(v) for k, v in config.items() if k != "class"}
     try:
-        return cls(**{k: from_config(v) for k, v in config.items() if k != "class"})
+        return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config: {path} cannot be built: {error}") from error
 

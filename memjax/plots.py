@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 from memjax.errors import DataError
 
 INK, LINE, GRID = "#333333", "#2a6f97", "#e6e6e6"
+ANSWERS, RECALL = "#c8553d", ("#2a6f97", "#61a5c2", "#89c2d9", "#013a63")
 
 
 def plot_loss(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
@@ -43,6 +45,91 @@ def plot_loss(jsonl_path: str | os.PathLike[str], png_path: str | os.PathLike[st
         panel.spines[:].set_visible(False)
     panels[-1].set_xlabel("step", color=INK, fontsize=9)
     _write(FigureCanvasAgg(figure), Path(png_path))
+
+
+def plot_needle_bank(record_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
+    """Draw a record of `experiments.needle_bank` to a PNG: recall and answers as the memory around the needles grows.
+
+    A line is the mean over the training seeds, a band reaches from the worst seed to the best. The axis of shares
+    begins below the lowest of them.
+
+    Raises:
+      DataError: the file is missing, or is no record of that experiment; the message names the field.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator, NullLocator, PercentFormatter
+
+    tokens, trained_on, series = _read_needle_bank(Path(record_path))
+    figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+    panel = figure.subplots()
+    panel.set_xscale("log", base=2)
+    panel.axvspan(trained_on / 2, trained_on, color=GRID, alpha=0.6, linewidth=0)
+    panel.axvline(trained_on, color=INK, linewidth=0.8)
+    recalls = len(series) - 1
+    for i, (name, seeds) in enumerate(series.items()):
+        color = RECALL[i % len(RECALL)] if i < recalls else ANSWERS
+        mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
+        panel.plot(tokens, mean, color=color, linewidth=1.6, marker="o", markersize=4, label=name, zorder=3)
+        if len(seeds) > 1:
+            low, high = (list(map(edge, zip(*seeds, strict=True))) for edge in (min, max))
+            panel.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
+    lowest = min(share for seeds in series.values() for row in seeds for share in row)
+    bottom = max(0.0, math.floor(10 * lowest - 0.5) / 10)
+    panel.set_ylim(bottom - 0.02 * (1 - bottom), 1 + 0.02 * (1 - bottom))
+    panel.set_xlim(trained_on / 2, tokens[-1] * 1.4)
+    ticks = sorted({trained_on, *tokens})
+    panel.set_xticks(ticks, [_binary(n) for n in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_locator(MultipleLocator(0.02 if bottom >= 0.9 else 0.05 if bottom >= 0.7 else 0.1))
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.annotate(
+        f"trained on\n{_binary(trained_on)} tokens", (trained_on, 0.06), xycoords=("data", "axes fraction"),
+        xytext=(5, 0), textcoords="offset points", fontsize=8, color=INK,
+    )  # fmt: skip
+    answers = [sum(column) / len(column) for column in zip(*series["answers"], strict=True)]
+    panel.set_title(
+        f"Right answers: {answers[0]:.1%} with {_binary(tokens[0])} tokens in memory, "
+        f"{answers[-1]:.1%} with {_binary(tokens[-1])}",
+        loc="left", fontsize=10, color=INK,
+    )  # fmt: skip
+    panel.set_xlabel("tokens in memory", color=INK, fontsize=9)
+    count = len(series["answers"])
+    spread = f"mean of {count} training seeds, bands from the worst to the best" if count > 1 else "one training seed"
+    legend = panel.legend(title=spread, title_fontsize=8, fontsize=8, labelcolor=INK, frameon=False, alignment="left")
+    legend.get_title().set_color(INK)
+    panel.grid(color=GRID, linewidth=0.8)
+    panel.tick_params(colors=INK, labelsize=8, length=0)
+    panel.spines[:].set_visible(False)
+    _write(FigureCanvasAgg(figure), Path(png_path))
+
+
+def _read_needle_bank(path: Path) -> tuple[list[int], int, dict[str, list[list[float]]]]:
+    """Tokens, the size trained on, and name -> share [seed][size]; "answers" is the last name."""
+    if not path.is_file():
+        raise DataError(f"{path}: the file is missing, needs a record of experiments.needle_bank")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        runs = [run["sizes"] for run in body["runs"]]
+        tokens = [int(row["tokens"]) for row in runs[0]]
+        layers = range(len(runs[0][0]["recall_at_4"]))
+        series = {
+            f"recall@4, router layer {i + 1}": [[r["recall_at_4"][i] for r in run] for run in runs] for i in layers
+        }
+        series["answers"] = [[row["accuracy"] for row in run] for run in runs]
+        trained_on = int(body["trained_on"])
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(f"{path}: is no record of experiments.needle_bank: {error}") from None
+    if any(len(row) != len(tokens) for seeds in series.values() for row in seeds):
+        raise DataError(f"{path}: its runs have different numbers of sizes, needs the same {len(tokens)} in each")
+    return tokens, trained_on, series
+
+
+def _binary(n: int) -> str:
+    """16384 -> "16K" (K is 1024)."""
+    return f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}K"
 
 
 def _read(path: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -85,10 +85,17 @@ MUTATIONS = (
         (("scale(S, through) + written, S", "S + written, S"),),
         {"gla": "kernels"},
     ),
+    # the definition of an op
     Mutation(
-        "delta rule that reads before it decays",
+        "decay after the write",
+        f"{LINEAR}.reference:linear_attention",
+        (("S = jnp.exp(g)[..., None] * S", "k = k * jnp.exp(g)\n            S = jnp.exp(g)[..., None] * S"),),
+        {"gla": "kernels"},
+    ),
+    Mutation(
+        "delta rule that reads before the decay",
         f"{DELTA}.reference:delta_rule",
-        (("v - read(S, k))", "v - read(S, k) * 1.01)"),),
+        (("v - read(S, k)", "v - read(S if g is None else jnp.exp(-g)[..., None, None] * S, k)"),),
         {"gated_delta_net": "kernels"},
     ),
     # padding
@@ -139,7 +146,12 @@ MUTATIONS = (
     Mutation(
         "start acts only where valid",
         "pallas_kernels.scan:scan_tokens",
-        (("state = select(start, empty, state)", "state = select(start & (valid if valid is not None else True), empty, state)"),),
+        (
+            (
+                "if start is not None:",
+                "if start is not None:\n            start = start if valid is None else start & valid",
+            ),
+        ),
         {"fading": "packing"},
     ),
     Mutation(
@@ -155,14 +167,19 @@ MUTATIONS = (
         {"sliding_window_attention": "packing"},
     ),
     # causal mask
-    Mutation("no causal mask", RING, (("& (age >= 0) ", ""), (" & before[None]", "")), {"sliding_window_attention": "causal"}),
     Mutation(
-        "window one longer inside a call", RING, (("(age < c)", "(age <= c)"),), {"sliding_window_attention": "split"}
+        "no causal mask",
+        RING,
+        (("& (age >= 0) ", ""), (" & before[None]", "")),
+        {"sliding_window_attention": "causal"},
+    ),
+    Mutation(
+        "window one longer inside a call", RING, (("(age < c)", "(age <= c)"),), {"sliding_window_attention": "step"}
     ),
     Mutation(
         "embedding of the next token",
         "memjax.lm.model:LanguageModel.thread",
-        (('params["embed"][x]', 'params["embed"][jnp.roll(x, -1, -1)]'), ("logits = wide", "import jax.numpy as jnp\n    logits = wide")),
+        (('params["embed"][x]', 'params["embed"][jax.numpy.roll(x, -1, -1)]'),),
         {"language_model": "causal"},
     ),
     # what is carried
@@ -178,11 +195,13 @@ MUTATIONS = (
         (("positions(state.count,", "positions(state.count * 0,"),),
         {"sliding_window_attention": "split"},
     ),
+    Mutation("convolution rows not carried", ROWS, (("last = rows[:, t:]", "last = rows[:, :n]"),), {"canon": "split"}),
     Mutation(
-        "convolution rows not carried", ROWS, (("last = rows[:, t:]", "last = rows[:, :n]"),), {"canon": "split"}
+        "ids one token late",
+        "memjax.in_weights.stem:STEM.apply",
+        (('params["table"][ids]', 'params["table"][jnp.roll(ids, 1, 1)]'),),
+        {"stem": "split"},
     ),
-    Mutation("ids one token late", "memjax.in_weights.stem:STEM.apply", ((
-        'params["table"][ids]', 'params["table"][jnp.roll(ids, 1, 1)]'),), {"stem": "split"}),
     # rows, gradients, dtypes
     Mutation(
         "rows of the batch mixed",
@@ -217,15 +236,9 @@ MUTATIONS = (
         {"msa": "split"},
     ),
     Mutation(
-        "routing reads padding",
-        f"{MSA}.apply_with_aux",
-        (("position >= self.template if valid is None else (position >= self.template) & valid", "position >= self.template"),),
-        {"msa": "padding"},
-    ),
-    Mutation(
         "routing across questions",
         f"{MSA}.apply_with_aux",
         (("asks, segment, questions", "asks, segment * 0, questions"),),
         {"msa": "packing"},
     ),
-)  # fmt: skip
+)

@@ -97,7 +97,7 @@ def test_no_cycles():
 
 def test_flax_is_imported_in_one_file():
     users = {module for module, imported in IMPORTS.items() if any(i.split(".")[0] == "flax" for i in imported)}
-    assert users == {"memjax.nnx"}
+    assert users <= {"memjax.nnx"}
 
 
 def loaded_by(statement):

@@ -2,19 +2,20 @@
 
 Attention without rotary positions copies and routes better behind it. State: the last W - 1 rows [b W-1 d].
 Source: Allen-Zhu, Physics of Language Models 4.1 (2025), the residual form.
-Update: y_t = x_t + sum_{i<W} w_i * x_{t-i}
+Update: y_t = x_t + sum_{i<W} w_{W-1-i} * x_{t-i}; the last row of w [W d] belongs to the current token
 Differs from the paper: nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxtyping import Array, Float
 
 from memjax.layers import short_conv
 from memjax.memory import How, Memory, Param, Slot, normal
+from pallas_kernels.short_conv import IMPLEMENTATIONS
 
 
 class CanonState(NamedTuple):
@@ -28,6 +29,8 @@ class Canon(Memory):
     dim: int
     width: int = 4
     init_std: float = 0.3
+
+    implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
         if self.width < 2:

@@ -20,7 +20,7 @@ paper: top_k); a last chunk shorter than `pool` is the mean of its own tokens, a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,12 @@ from memjax import layers
 from memjax.in_storage.bank import Bank, read
 from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary, segments, wide
 from memjax.memory import How, Memory, Param, Slot, constant, dense
+
+
+# Scores are reduced in this order: over query heads, over the tokens of a question, over the chunks of a document.
+HeadReduce = Literal["mean", "max"]
+QueryReduce = Literal["max", "mean", "last"]
+ChunkReduce = Literal["max", "mean"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class DocumentAttention(Memory):
     causal: bool = True
 
     def __post_init__(self):
+        for field in ("dim", "heads", "kv_heads", "head_dim", "window"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)}, needs at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"{type(self).__name__}: kv_heads is {self.kv_heads}, needs a divisor of heads {self.heads}")
         if self.rotary and self.head_dim % 2:
@@ -66,8 +75,8 @@ class DocumentAttention(Memory):
         norm = Param((self.head_dim,), (None,), constant(self.qk_norm_init), "vector")
         return {
             "w_q": dense(self.dim, q),
-            "w_k": dense(self.dim, kv),
-            "w_v": dense(self.dim, kv),
+            "w_k": dense(self.dim, kv, ("model", "kv_heads")),
+            "w_v": dense(self.dim, kv, ("model", "kv_heads")),
             "w_o": dense(q, self.dim, ("heads", "model")),
             **({"q_norm": norm, "k_norm": norm} if self.qk_norm else {}),
         }
@@ -172,9 +181,9 @@ class MSA(DocumentAttention):
     max_chunks: int = 512
     router_norm: bool = True
     router_scale: float = 1.0
-    head_reduce: Literal["mean", "max"] = "mean"
-    query_reduce: Literal["max", "mean", "last"] = "max"
-    chunk_reduce: Literal["max", "mean"] = "max"
+    head_reduce: HeadReduce = "mean"
+    query_reduce: QueryReduce = "max"
+    chunk_reduce: ChunkReduce = "max"
     decouple_router: bool = True
     equal_routers: bool = False
     store_dtype: str = "float32"
@@ -186,12 +195,15 @@ class MSA(DocumentAttention):
         for field in ("pool", "top_k", "capacity", "documents", "max_chunks"):
             if getattr(self, field) < 1:
                 raise ValueError(f"MSA: {field} is {getattr(self, field)}, needs at least 1")
+        for field, known in (("head_reduce", HeadReduce), ("query_reduce", QueryReduce), ("chunk_reduce", ChunkReduce)):
+            if getattr(self, field) not in get_args(known):
+                raise ValueError(f"MSA: {field} is {getattr(self, field)!r}, needs one of {get_args(known)}")
 
     def param_specs(self):
         specs = super().param_specs()
         if self.decouple_router:
             rq = dense(self.dim, self.heads * self.head_dim)
-            rk = dense(self.dim, self.kv_heads * self.head_dim)
+            rk = dense(self.dim, self.kv_heads * self.head_dim, ("model", "kv_heads"))
             equal = Param(rk.shape, rk.axes, rk.init, rk.kind, draws_like="w_rq")
             specs |= {"w_rq": rq, "w_rk": equal if self.equal_routers else rk}
         return specs
@@ -264,11 +276,12 @@ class MSA(DocumentAttention):
         b, t = x.shape[:2]
         position, _ = positions(state.ring.count, t, valid, start)
         segment = segments(start, b, t)
-        asks = position >= self.template if valid is None else (position >= self.template) & valid
+        carried = state.ring.count > self.template
+        asks = (position >= self.template) & ~(carried[:, None] & (segment == 0))
+        asks = asks if valid is None else asks & valid
         choice = self.choose(state.store, self.queries(params, x, position), asks, segment, questions=1 if start is None else t + 1)
 
         # question 0 keeps the choice of an earlier call, if it made one
-        carried = state.ring.count > self.template
         first = lambda old, new: new.at[:, 0].set(jnp.where(layers.expand(carried, old), old, new[:, 0]))  # noqa: E731
         k, v, chosen, documents = (
             first(*pair)

@@ -49,6 +49,7 @@ def router_loss(
     else:
         s = finite / jnp.clip(jnp.asarray(temperature, scores.dtype), 1e-3, 0.5)
         s = s - jax.lax.stop_gradient(jnp.where(exists, s, -jnp.inf).max(-1, keepdims=True, initial=-1e9))
+        s = jnp.where(exists, s, 0)  # else exp overflows where no document is, and its gradient is NaN
         e = jnp.where(exists, jnp.exp(s), 0)
         if method == "decoupled":
             den = e + jnp.where(neg, e, 0).sum(-1, keepdims=True)

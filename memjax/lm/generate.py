@@ -1,6 +1,6 @@
-"""Generation through `step`: greedy or sampled, ragged prompts, all of it under one jit, whole or streamed.
+"""Generation through `step`: greedy or sampled, ragged prompts, whole or streamed.
 
-A language model here is any Memory over token ids whose y are logits. States are donated: a decoded token copies no cache.
+A language model is any Memory over token ids whose y are logits. Rows are donated: a decoded token copies no cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Key
 
 from memjax.memory import How, Memory
 
@@ -60,24 +60,30 @@ def prefill(
     return jax.vmap(lambda y, i: y[i])(y, last), state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n", "sampling", "how"), donate_argnames=("state",))
 def decode(
     model: Memory,
     params: dict,
     state: Any,
     logits: Float[Array, "b v"],
     done: Bool[Array, " b"],
-    key: Array,
+    keys: Key[Array, " n"],
     *,
-    n: int,
     sampling: Sampling = Sampling(),
     how: How = How(),
 ) -> tuple[Int[Array, "b n"], Any, Float[Array, "b v"], Bool[Array, " b"]]:
-    """n tokens after `logits`: tokens [b, n] (-1 after the stop token), the state, the next logits, which rows ended.
+    """A token for each key after `logits`: tokens [b, n] (-1 after the stop token), the state, the next logits, which
+    rows ended.
 
-    A row that has ended reads no more tokens: its state stays as it was.
+    A row that has ended reads no more tokens: its state stays as it was. The rows of `state` are consumed; a store is
+    not, since other states may stand over it.
     """
+    rows = jax.tree.map(lambda s, a: a if "batch" in s.axes else None, model.state_specs(1), state)
+    store = jax.tree.map(lambda s, a: None if "batch" in s.axes else a, model.state_specs(1), state)
+    return _decode(model, params, rows, store, logits, done, keys, sampling=sampling, how=how)
 
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "how"), donate_argnames=("rows",))
+def _decode(model, params, rows, store, logits, done, keys, *, sampling: Sampling, how: How):
     def body(carry, key):
         state, logits, done = carry
         token = sample(logits, key, sampling)
@@ -86,7 +92,8 @@ def decode(
         logits, state = model.step(params, state, token, valid=~done, how=how)
         return (state, logits, done), out
 
-    (state, logits, done), tokens = lax.scan(body, (state, logits, done), jax.random.split(key, n))
+    state = jax.tree.map(lambda a, b: b if a is None else a, rows, store, is_leaf=lambda a: a is None)
+    (state, logits, done), tokens = lax.scan(body, (state, logits, done), keys)
     return tokens.T, state, logits, done
 
 
@@ -94,17 +101,17 @@ def generate(
     model: Memory,
     params: dict,
     state: Any,
-    prompt: Int[Array, "b t"],
+    prompt: Int[Array | np.ndarray, "b t"],
     *,
     steps: int,
-    valid: Bool[Array, "b t"] | None = None,
+    valid: Bool[Array | np.ndarray, "b t"] | None = None,
     key: Array | None = None,
     sampling: Sampling = Sampling(),
     how: How = How(),
 ) -> tuple[Int[Array, "b n"], Any]:
-    """Read `prompt` after `state`, then write `steps` tokens: tokens [b, steps] (-1 after the stop token), the new state.
+    """Read `prompt` after `state`, then decode `steps` tokens: tokens [b, steps] (-1 after the stop token), the state.
 
-    valid: padding of ragged prompts, on either side. key: needed when sampling.
+    valid: padding of ragged prompts, on either side. key: needed when sampling. The state that is given stays usable.
     """
     pieces = stream(
         model, params, state, prompt, steps=steps, block=steps, valid=valid, key=key, sampling=sampling, how=how
@@ -117,19 +124,21 @@ def stream(
     model: Memory,
     params: dict,
     state: Any,
-    prompt: Int[Array, "b t"],
+    prompt: Int[Array | np.ndarray, "b t"],
     *,
     steps: int,
     block: int = 1,
-    valid: Bool[Array, "b t"] | None = None,
+    valid: Bool[Array | np.ndarray, "b t"] | None = None,
     key: Array | None = None,
     sampling: Sampling = Sampling(),
     how: How = How(),
 ) -> Iterator[tuple[Int[Array, "b n"], Any]]:
-    """As `generate`, in pieces of `block` tokens: yields (tokens [b, block], state), and ends when every row has ended.
+    """The tokens of `generate`, `block` at a time: yields (tokens [b, block], state) until every row has ended.
 
     The state that is yielded last may be continued; earlier ones are consumed by the next piece.
     """
+    if steps < 1 or block < 1:
+        raise ValueError(f"generate: steps is {steps} and block {block}, needs at least 1")
     if key is None:
         if sampling.temperature:
             raise ValueError("generate: sampling needs a key")
@@ -138,10 +147,10 @@ def stream(
     valid = jnp.ones(prompt.shape, jnp.bool_) if valid is None else jnp.asarray(valid)
     logits, state = prefill(model, params, state, prompt, valid, how=how)
     done = jnp.zeros(prompt.shape[0], jnp.bool_)
-    for begin in range(0, steps, block):
-        n = min(block, steps - begin)
-        now = jax.random.fold_in(key, begin)
-        tokens, state, logits, done = decode(model, params, state, logits, done, now, n=n, sampling=sampling, how=how)
+    keys = jax.random.split(key, steps)
+    for at in range(0, steps, block):
+        now = keys[at : at + block]
+        tokens, state, logits, done = decode(model, params, state, logits, done, now, sampling=sampling, how=how)
         yield tokens, state
         if sampling.stop is not None and bool(np.all(np.asarray(done))):
             return

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 
 from memjax.combinators import Combinator, Residual, Stack
-from memjax.layers import linear, rms_norm, wide
+from memjax.layers import gate, linear, rms_norm
 from memjax.memory import How, Memory, Param, constant, dense, normal
 
 
@@ -87,7 +87,7 @@ class LanguageModel(Combinator):
         embedded = params["embed"][x].astype(self.dtype)
         h, s, aux = call(self.body, params["body"], state["body"], embedded)
         head = params["embed"].T if self.tied else params["head"]
-        logits = wide(linear(rms_norm(h, params["norm"], self.eps), head)) * self.logit_scale
+        logits = gate(rms_norm(h, params["norm"], self.eps), head) * self.logit_scale
         return logits, {"body": s}, {"body": aux}
 
 

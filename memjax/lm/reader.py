@@ -1,9 +1,9 @@
 """A model and its bank: read documents into it once, then route, read and answer questions over it.
 
-`pool_documents` runs a model's `write` over rows of documents and hands out what its router layers pooled, for a bank.
-`ask` answers: the model is threaded layer by layer outside jit, so that the bank may live on a device, on the host or on
-disk; each router layer searches the whole bank and reads the chunks of its choice. Then the texts of the documents that
-the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
+`pool_documents` runs a model's `write` over rows of documents and returns what its router layers pooled, for a bank.
+`ask` threads the model layer by layer outside jit, so that the bank may live on a device, on the host or on disk: each
+router layer searches the whole bank and reads the chunks of its choice. `answer` goes on: the texts of the documents
+that the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from memjax.combinators import Combinator
+from memjax.combinators import Combinator, Repeat
 from memjax.data.corpus import TokenizedDocuments
 from memjax.data.tokenizer import Tokenizer
 from memjax.in_storage import bank as banks
@@ -31,7 +31,7 @@ from memjax.memory import Memory
 
 
 class Pooled(NamedTuple):
-    """What the router layers keep of some documents, in the order of the layers; chunks in the order of the documents."""
+    """What the router layers keep of some documents: layers in their order, chunks in the order of the documents."""
 
     k: Float[Array, "n M g d"]
     v: Float[Array, "n M g d"]
@@ -48,7 +48,9 @@ def pool_documents(
 
     Rows without a valid token are no documents. The caller checks `count`: its last column must be 0.
     """
-    call = _Write({"valid": valid})
+    router_layers(model)  # raises where there is none
+    ids = jnp.where(valid, ids, 0)
+    call = _Write({"ids": ids, "valid": valid})
     model.thread(call, params, model.init_state(ids.shape[0]), ids)  # type: ignore[attr-defined]
     stack = lambda name: jnp.stack([getattr(s, name) for s in call.stores])  # noqa: E731
     k, v, rk = (stack(name).astype(dtype) for name in ("k", "v", "rk"))
@@ -56,7 +58,7 @@ def pool_documents(
 
 
 def pool_blocks(model: Memory, params: dict, documents: TokenizedDocuments, rows: int = 256) -> Iterator[Block]:
-    """Read documents `rows` at a time, in one compiled shape, and yield what a bank keeps of them (`BankWriter.append`).
+    """Read documents `rows` at a time, in one compiled shape, and yield what a bank keeps (`BankWriter.append`).
 
     Raises ValueError where the model's store (`capacity`, `documents`) is too small for a block.
     """
@@ -90,7 +92,8 @@ def router_layers(model: Memory) -> list[MSA]:
     def visit(memory: Memory) -> None:
         if isinstance(memory, MSA):
             found.append(memory)
-        for part in memory.parts if isinstance(memory, Combinator) else ():
+        parts = memory.parts if isinstance(memory, Combinator) else ()
+        for part in parts * (memory.n if isinstance(memory, Repeat) else 1):
             visit(part)
 
     visit(model)
@@ -110,9 +113,12 @@ def ask(
     model: Memory, params: dict, bank: banks.Bank, question: Int[Array, "b t"], valid: Bool[Array, "b t"]
 ) -> tuple[Any, Routing]:
     """Route questions over the bank and read what was chosen: the state to go on from, and the routing."""
-    call = _Ask({"valid": jnp.asarray(valid)}, bank)
-    b = question.shape[0]
-    _, state, _ = model.thread(call, params, _rows(model, b), jnp.asarray(question))  # type: ignore[attr-defined]
+    if (n := len(router_layers(model))) != bank.rk.shape[0]:
+        raise ValueError(f"ask: bank holds {bank.rk.shape[0]} router layers, the model has {n}")
+    valid = jnp.asarray(valid)
+    ids = jnp.where(valid, jnp.asarray(question), 0)
+    call = _Ask({"ids": ids, "valid": valid}, bank)
+    _, state, _ = model.thread(call, params, _rows(model, ids.shape[0]), ids)  # type: ignore[attr-defined]
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
     return state, Routing(documents, scores)
 
@@ -163,7 +169,7 @@ def answer(
       steps: tokens of an answer at most.
       question_width, reading_width: pad to these widths, so that batches share a compiled program; None: as needed.
 
-    Raises ValueError where a question is longer than the model's window or than the width.
+    Raises ValueError where a question or what is read is longer than its width, or both and the answer than the window.
     """
     special = reading.special_ids(tokenizer)
     asked = [tokenizer.encode(q) for q in questions]
@@ -174,12 +180,12 @@ def answer(
     texts = [reading.reading(special, [document_ids(d) for d, _ in p], q) for p, q in zip(passages, asked, strict=True)]
     window = min(m.window for m in router_layers(model))
     if (longest := max(map(len, texts)) + max(map(len, first)) + steps) > window:
-        raise ValueError(f"ask: question, passages and answer are {longest} tokens, the model's window is {window}")
+        raise ValueError(f"answer: question, passages and answer are {longest} tokens, the model's window is {window}")
     text_ids, text_valid = reading.pad_left(texts, reading_width or _round_up(max(map(len, texts))))
     logits, state = prefill(model, params, state, jnp.asarray(text_ids), jnp.asarray(text_valid))
     done = jnp.zeros(len(texts), jnp.bool_)
     stop = Sampling(stop=special["<end>"])
-    tokens, *_ = decode(model, params, state, logits, done, jax.random.key(0), n=steps, sampling=stop)
+    tokens, *_ = decode(model, params, state, logits, done, jax.random.split(jax.random.key(0), steps), sampling=stop)
     return Answers(np.asarray(tokens), passages, routing)
 
 

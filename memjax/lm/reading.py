@@ -2,8 +2,8 @@
 
     documents   one a row, read by `write`
     question    <question> q                                              routes, `apply` on fresh rows
-    reading     <document> d1 <document> d2 ... <question> q <answer>     follows, `apply` in the same rows
-    answer      ... <end>                                                 decoded by `step`
+    reading     <document> d1 <document> d2 ... <question> q              follows, `apply` in the same rows
+    answer      what continues q, then <end>                              decoded by `step`
 
 Rows are padded on the left, so that what follows stands right behind them.
 """
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from memjax.data.tokenizer import Tokenizer
 from memjax.errors import TokenizerError
 
-SPECIAL = ("<question>", "<document>", "<answer>", "<end>")
+SPECIAL = ("<question>", "<document>", "<end>")
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -36,9 +36,9 @@ def question(special: dict[str, int], ids: Sequence[int] | np.ndarray) -> np.nda
 
 
 def reading(special: dict[str, int], documents: Sequence[np.ndarray], ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The chosen documents, the question again, and the mark after which the answer begins."""
+    """The chosen documents, then the question again: the answer continues it."""
     texts = [part for d in documents for part in ([special["<document>"]], d)]
-    return np.concatenate([*texts, [special["<question>"]], ids, [special["<answer>"]]]).astype(np.int32)
+    return np.concatenate([*texts, [special["<question>"]], ids]).astype(np.int32)
 
 
 def pad_left(rows: Sequence[np.ndarray], width: int) -> tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:

@@ -1,6 +1,6 @@
 """Needles: planted sentences that name a magic number, in the manner of RULER, and the score of answers about them.
 
-Source: Hsieh et al., RULER, arXiv 2404.06654 (the single-needle task: word keys, seven-digit numbers, first digit >= 1).
+Source: Hsieh et al., RULER, arXiv 2404.06654 (the single-needle task: word keys, numbers of seven digits).
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ class Needle(NamedTuple):
     @property
     def sentence(self) -> str:
         """What is planted in a document."""
-        return f" The special magic number for {self.key} is: {self.value}."
+        return f" The special magic number for {self.key} is {self.value}."
 
     @property
     def question(self) -> str:
-        """What is asked."""
-        return f"What is the special magic number for {self.key}?"
+        """What is asked: the sentence up to its number, as RULER leads in an answer."""
+        return f"The special magic number for {self.key} is"
+
+    @property
+    def answer(self) -> str:
+        """What continues the question."""
+        return f" {self.value}"
 
 
 def common_words(texts: Iterable[str], count: int = 3000) -> list[str]:

@@ -17,24 +17,24 @@ from memjax.combinators import Combinator, Residual, Stack
 from memjax.in_storage.msa import MSA, DocumentAttention
 from memjax.in_storage.router_loss import router_loss
 from memjax.lm import LanguageModel, block
-from tests.adapters import Arrays, Results, expect
+from tests.adapters import QUICK, Arrays, Results, expect
 
 
 def build(cfg: dict, routing: dict, tokens: int, documents: int, window: int) -> LanguageModel:
-    expect("msa", cfg, rope_type="default", attention_bias=False, padding_attention_output=0.0, tie_word_embeddings=True)
+    expect("msa", cfg, rope_type="default", attention_bias=False, padding_attention_output=0.0)
     common: dict[str, Any] = dict(
         dim=cfg["hidden"], heads=cfg["heads"], kv_heads=cfg["kv"], head_dim=cfg["hd"], window=window,
         template=cfg["template_len"], query_start=cfg["query_start"], theta=cfg["theta"],
         qk_norm=cfg["qk_norm"], norm_eps=cfg["rms_norm_eps"],
     )  # fmt: skip
     router = MSA(
-        **common, pool=routing["pooling_size"], top_k=routing["top_k"], capacity=tokens, documents=documents, max_chunks=tokens,
-        router_norm=routing["router_l2norm"], router_scale=routing["router_scale"], head_reduce=routing["head_reduce"],
+        **common, pool=routing["pooling_size"], top_k=routing["top_k"],
+        capacity=tokens, documents=documents, max_chunks=tokens, router_norm=routing["router_l2norm"], router_scale=routing["router_scale"], head_reduce=routing["head_reduce"],
         query_reduce=routing["query_reduce"], chunk_reduce=routing["chunk_reduce"],
     )  # fmt: skip
     mixers = [router if i in cfg["router_layers"] else DocumentAttention(**common) for i in range(cfg["layers"])]
     body = Stack(tuple(block(m, cfg["inter"], cfg["rms_norm_eps"]) for m in mixers))
-    return LanguageModel(body, cfg["vocab"], eps=cfg["rms_norm_eps"])
+    return LanguageModel(body, cfg["vocab"], tied=cfg["tie_word_embeddings"], eps=cfg["rms_norm_eps"])
 
 
 def parameters(arrays: Arrays, model: LanguageModel) -> dict:
@@ -52,11 +52,12 @@ def parameters(arrays: Arrays, model: LanguageModel) -> dict:
             "0": {"norm": at(f"{name}.input_layernorm"), "memory": memory},
             "1": {"norm": at(f"{name}.post_attention_layernorm"), "memory": mlp},
         }
-    return {"embed": at("embed_tokens"), "body": layers, "norm": at("norm")}
+    head = {} if model.tied else {"head": jnp.asarray(arrays["param_lm_head.weight"]).T}
+    return {"embed": at("embed_tokens"), "body": layers, "norm": at("norm"), **head}
 
 
 class Threaded:
-    """A `call` for `thread`: every attention layer reads documents, then asks, then goes on; streams are kept by layer."""
+    """A `call` for `thread`: every attention layer reads documents, then asks, then goes on; records what runs through."""
 
     unrolled, remat = True, False
 
@@ -68,9 +69,6 @@ class Threaded:
         if isinstance(memory, Combinator):
             if isinstance(memory, Residual) and isinstance(memory.memory, DocumentAttention):
                 self.hidden.append(x)
-            if isinstance(memory, LanguageModel):
-                y = memory.thread(self, params, state, x)
-                return y
             return memory.thread(self, params, state, x)
         if not isinstance(memory, DocumentAttention):
             return (*memory.apply(params, state, x), {})
@@ -92,14 +90,14 @@ def _thread(model, params, state, embedded, **masks):
     call = Threaded(**masks)
     h, s, _ = call(model.body, params["body"], state["body"], embedded)
     call.hidden.append(_rms(h, params["norm"], model.eps))
-    return call.hidden[-1] @ params["embed"].T, {"body": s}, call
+    return call.hidden[-1] @ (params["embed"].T if model.tied else params["head"]), {"body": s}, call
 
 
 def _rms(x, w, eps):
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * w.reshape(1, 1, -1)
 
 
-def train(arrays: Arrays, cfg: dict) -> Results:
+def train(arrays: Arrays, cfg: dict, names: set[str]) -> Results:
     role, mask = jnp.asarray(arrays["in_train_doc_ids"]), jnp.asarray(arrays["in_train_attention_mask"]) > 0
     b, t = role.shape
     labels, answers = (jnp.asarray(arrays[f"in_train_{n}"]) for n in ("labels", "aux_labels"))
@@ -126,24 +124,38 @@ def train(arrays: Arrays, cfg: dict) -> Results:
     def losses(params, embedded, method):
         logits, hidden, attention, scores = jax.vmap(one, (None, 0, 0))(params, embedded, masks)
         target, counted = labels[:, 1:], labels[:, 1:] != -100
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.where(counted, target, 0)[..., None], -1)[..., 0]
-        lm = -jnp.where(counted, log_p, 0).sum() / counted.sum()
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.where(counted, target, 0)[..., None], -1)[
+            ..., 0
+        ]
+        lm = -jnp.where(counted, log_p, 0).sum() / counted.sum(dtype=jnp.float32)
         late = [s for i, s in zip(cfg["router_layers"], scores, strict=True) if i >= routing["aux_layers_from"]]
         each = jnp.stack([router_loss(s, answers == 1, method=method, temperature=cfg["temperature"],
                                       gamma=routing["focal_gamma"]) for s in late])  # fmt: skip
         asked = jnp.broadcast_to((answers == 1).any(-1)[None], each.shape)
-        aux = jnp.where(asked, each, 0).sum() / jnp.maximum(asked.sum(), 1)
-        return routing["lm_loss_weight"] * lm + routing["aux_loss_weight"] * aux, (lm, aux, logits, hidden, attention, scores)
+        aux = jnp.where(asked, each, 0).sum() / jnp.maximum(asked.sum(dtype=jnp.float32), 1)
+        return routing["lm_loss_weight"] * lm + routing["aux_loss_weight"] * aux, (
+            lm,
+            aux,
+            logits,
+            hidden,
+            attention,
+            scores,
+        )
 
     embedded = params["embed"][jnp.asarray(arrays["in_train_input_ids"])]
-    (loss, (lm, aux, logits, hidden, attention, scores)), (g, g_embedded) = jax.value_and_grad(losses, (0, 1), has_aux=True)(
-        params, embedded, "decoupled"
-    )
+    (loss, (lm, aux, logits, hidden, attention, scores)), (g, g_embedded) = jax.value_and_grad(
+        losses, (0, 1), has_aux=True
+    )(params, embedded, "decoupled")
     out: Results = {f"out_train_hidden_{i}": h for i, h in enumerate(hidden)}
     out |= {f"out_train_attn_{i}": a for i, a in enumerate(attention)}
     for i, s in zip(cfg["router_layers"], scores, strict=True):
         out[f"out_train_doc_scores_{i}"] = jnp.pad(s, ((0, 0), (1, 0)), constant_values=-jnp.inf)
-    out |= {"out_train_logits": logits, "out_train_lm_loss": lm, "out_train_aux_loss_decouple": aux, "out_train_loss": loss}
+    out |= {
+        "out_train_logits": logits,
+        "out_train_lm_loss": lm,
+        "out_train_aux_loss_decouple": aux,
+        "out_train_loss": loss,
+    }
     for method in ("infonce", "focal"):
         name = "infonce_focal" if method == "focal" else method
         out[f"out_train_aux_loss_{name}"] = losses(params, embedded, method)[1][1]
@@ -151,11 +163,11 @@ def train(arrays: Arrays, cfg: dict) -> Results:
     for i in range(cfg["layers"]):
         memory = g["body"][str(i)]["0"]["memory"]
         for ours, theirs in _NAMES.items():
-            if ours in memory and f"grad_train_model.layers.{i}.{theirs}.weight" in arrays:
+            if ours in memory and f"grad_train_model.layers.{i}.{theirs}.weight" in names:
                 out[f"grad_train_model.layers.{i}.{theirs}.weight"] = memory[ours].T
         mlp = g["body"][str(i)]["1"]["memory"]
         for p in ("gate", "up", "down"):
-            if (name := f"grad_train_model.layers.{i}.mlp.{p}_proj.weight") in arrays:
+            if (name := f"grad_train_model.layers.{i}.mlp.{p}_proj.weight") in names:
                 out[name] = mlp[f"w_{p}"].T
     return out
 
@@ -163,7 +175,7 @@ def train(arrays: Arrays, cfg: dict) -> Results:
 _NAMES = {f"w_{p}": f"self_attn.{p}_proj" for p in "qkvo"} | {f"w_r{p}": f"self_attn.router_{p}_proj.0" for p in "qk"}
 
 
-def infer(arrays: Arrays, cfg: dict) -> Results:
+def infer(arrays: Arrays, cfg: dict, chunks: int) -> Results:
     tokens, lengths = (jnp.asarray(arrays[f"in_inf_{n}"]) for n in ("doc_tokens", "doc_lens"))
     query, mask, role = (jnp.asarray(arrays[f"in_inf_query_{n}"]) for n in ("ids", "attention_mask", "doc_ids"))
     template, append = jnp.asarray(arrays["in_inf_template_ids"])[None], jnp.asarray(arrays["in_inf_append_ids"])
@@ -183,7 +195,6 @@ def infer(arrays: Arrays, cfg: dict) -> Results:
         for name in ("k", "v"):
             out[f"out_inf_template_{name}_{i}"] = getattr(ring, name)[0, : template.shape[1]]
         if i in cfg["router_layers"]:
-            chunks = int(mixer.store.count[0])
             for name in ("k", "v", "rk"):
                 out[f"out_inf_bank_{name}_{i}"] = getattr(mixer.store, name)[:chunks]
             out["out_inf_bank_chunk_doc"] = mixer.store.chunk_doc[:chunks]
@@ -215,7 +226,9 @@ def infer(arrays: Arrays, cfg: dict) -> Results:
     _, head = raw.apply(params, raw.restart(state, 1), template)
     flat, tree = jax.tree.flatten(head)
     rows = tree.unflatten([jnp.repeat(a, b, 0) if "batch" in x else a for a, x in zip(flat, axes, strict=True)])
-    _routing(out, "infraw", cfg, _thread(raw, params, rows, params["embed"][query], asks=asks, follows=follows)[2].aux, n)
+    _routing(
+        out, "infraw", cfg, _thread(raw, params, rows, params["embed"][query], asks=asks, follows=follows)[2].aux, n
+    )
     return out
 
 
@@ -239,8 +252,12 @@ def _with_attention(memory: Any, **fields: Any) -> Any:
 
 
 def system(arrays: Arrays, cfg: dict) -> Results:
-    out = train(arrays, cfg) | infer(arrays, cfg)
-    return {k: np.asarray(v) for k, v in out.items()}
+    """Everything in the file, compiled as one program."""
+    lengths, names = np.asarray(arrays["in_inf_doc_lens"]), set(arrays)
+    chunks = int((-(-lengths // cfg["inf"]["pooling_size"])).sum())
+    given = {name: jnp.asarray(a) for name, a in arrays.items() if name.startswith(("in_", "param_"))}
+    both = jax.jit(lambda a: train(a, cfg, names) | infer(a, cfg, chunks), compiler_options=dict(QUICK))
+    return both(given)
 
 
 # The reference is float32 code.

@@ -1,0 +1,114 @@
+"""What every command prints alike: the line about the machine, errors, sizes, text that arrives piece by piece."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from memjax.errors import ConfigError
+
+# Text of files and models may hold terminal control sequences: none but newline and tab get through.
+_CONTROLS = {c: "\ufffd" for c in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What every command has."""
+
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    """Platform to run on; by default the best that jax finds."""
+
+    def start(self) -> Console:
+        """Take the device, print the first line, and return where to print."""
+        out = console()
+        out.print(_machine(self.device), style="dim")
+        return out
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output as it is now; off a terminal wide enough that tables are not folded."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, highlight=False, width=140)
+
+
+def error(message: str) -> None:
+    """One red line on standard error."""
+    line = " ".join(printable(message).split())
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), (line, "red")), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """One yellow line on standard error."""
+    console(stderr=True).print(Text(printable(message), "yellow"), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text without control characters."""
+    return text.replace("\r\n", "\n").translate(_CONTROLS)
+
+
+def size(n: int) -> str:
+    """Bytes with a unit: "1.5 MB" (1 MB = 1e6 bytes)."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}" if n < 1e3 * scale else f"{n / scale:,.0f} {unit}"
+    return f"{n} B"
+
+
+def report_skipped(out: Console, skipped: list[Any]) -> None:
+    """How many files were not read, and the first of them with the reasons."""
+    if not skipped:
+        return
+    out.print(f"skipped {len(skipped)} file{'s'[: len(skipped) > 1]}:", style="yellow")
+    for one in skipped[:3]:
+        out.print(Text(f"  {printable(one.path)}: {one.reason}", "yellow"), soft_wrap=True)
+    if len(skipped) > 3:
+        out.print(f"  and {len(skipped) - 3} more", style="yellow")
+
+
+def write_stream(pieces: Iterable[tuple[Any, Any]], tokenizer: Any) -> int:
+    """Print the text of `memjax.lm.generate.stream` (one row) as it comes; the number of tokens."""
+    import numpy as np
+
+    from memjax.data import DecodeStream
+
+    decoder, count = DecodeStream(tokenizer), 0
+
+    def write(text: str) -> None:
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+
+    for tokens, _ in pieces:
+        written = [i for i in np.asarray(tokens)[0].tolist() if i >= 0]
+        count += len(written)
+        write("".join(map(decoder.push, written)))
+    write(decoder.finish() + "\n")
+    return count
+
+
+def _machine(device: str | None) -> str:
+    """cpu x 1, jax 0.10.2, kernels: xla"""
+    import jax
+
+    from pallas_kernels.delta_rule import IMPLEMENTATIONS
+
+    before = jax.config.jax_platforms
+    try:
+        if device is not None:
+            jax.config.update("jax_platforms", device)
+        first = jax.devices()[0]
+        if device is not None and first.platform != device:
+            raise RuntimeError(f"jax already runs on {first.platform}")
+    except RuntimeError as error:
+        jax.config.update("jax_platforms", before)
+        raise ConfigError(f"--device {device or '(jax chose)'}: {error}") from None
+    kind = "" if first.device_kind == first.platform else f" ({first.device_kind})"
+    own = f"pallas_{first.platform}"
+    kernels = own if own in IMPLEMENTATIONS else "xla"
+    return f"{first.platform} x {jax.device_count()}{kind}, jax {jax.__version__}, kernels: {kernels}"

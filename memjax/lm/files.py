@@ -1,0 +1,251 @@
+"""A model on disk: one folder with everything that is needed to run it, written whole or not at all.
+
+    model/config.json         format and version, the memory as `to_config` gives it, reading settings, hashes
+    model/params.safetensors  float32 arrays, named by their dotted path: "body.0.memory.w_q"
+    model/tokenizer.json      as `Tokenizer.save` writes it
+
+The model's hash is sha256 over its configuration and the bytes of its parameters. A bank stores it: vectors of another
+model have the right shapes and mean nothing. Reading settings are not part of it and may be edited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.data.tokenizer import Tokenizer, load_tokenizer
+from memjax.errors import CheckpointError, ConfigError, TokenizerError
+from memjax.memory import Memory, from_config, to_config
+
+FORMAT, VERSION = "memjax-model", 1
+CONFIG, PARAMS, TOKENIZER = "config.json", "params.safetensors", "tokenizer.json"
+FIELDS = {"format", "version", "memory", "reading", "hash", "tokenizer_hash", "params_bytes"}
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """How a model that was trained with a bank reads: what it met in training, hence what it should meet in use.
+
+    document_tokens: tokens of a document at most. passages: documents read again before answering. answer_tokens:
+    tokens of an answer at most.
+    """
+
+    document_tokens: int = 64
+    passages: int = 2
+    answer_tokens: int = 32
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"reading settings: {name} is {value!r}, needs a whole number of at least 1")
+
+
+class LoadedModel(NamedTuple):
+    """What `load_model` gives. reading is None for a model that reads no bank."""
+
+    model: Memory
+    params: dict
+    tokenizer: Tokenizer
+    reading: ReadingSettings | None
+    hash: str
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    model: Memory,
+    params: dict,
+    tokenizer: Tokenizer,
+    *,
+    reading: ReadingSettings | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write a model folder and return the model's hash.
+
+    Args:
+      path: a folder that does not exist; with overwrite=True it may be another model, which is replaced at the end.
+      model: a memory over token ids, such as `LanguageModel`.
+      params: float32, as `model.init` makes them.
+      tokenizer: its vocabulary fits into the model's.
+      reading: for a model that asks a bank.
+
+    Raises:
+      ConfigError: the model takes no token ids.
+      CheckpointError: params are not those of the model, or the target exists.
+      TokenizerError: the tokenizer has more tokens than the model.
+    """
+    import safetensors.numpy
+
+    path = Path(path)
+    _check_model("model", model, tokenizer)
+    arrays = {name: np.asarray(a) for name, a in _named(params).items()}
+    _check_arrays("params", model, arrays)
+    _check_target(path, overwrite)
+    with _whole_folder(path) as partial:
+        # contiguous: the file takes the bytes as they lie, whatever the strides say
+        safetensors.numpy.save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial / PARAMS)
+        tokenizer.save(partial / TOKENIZER)
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "memory": to_config(model),
+            "reading": None if reading is None else asdict(reading),
+            "hash": _hash(model, partial / PARAMS),
+            "tokenizer_hash": tokenizer.hash,
+            "params_bytes": (partial / PARAMS).stat().st_size,
+        }
+        (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return config["hash"]
+
+
+def load_model(path: str | os.PathLike[str]) -> LoadedModel:
+    """Read a model folder; parameters go to the default device.
+
+    Raises:
+      CheckpointError: naming the file and the field: not a model folder, another version, a file that is missing,
+        truncated or changed, an array that is missing, not declared, or of another shape.
+      ConfigError: the configuration names a class or a field that this version does not have.
+      TokenizerError: the tokenizer can't be read, is another one, or does not fit the model.
+    """
+    import safetensors.numpy
+    from safetensors import SafetensorError
+
+    path = Path(path)
+    config = _read_config(path / CONFIG)
+    try:
+        model = from_config(config["memory"])
+        reading = None if config["reading"] is None else ReadingSettings(**config["reading"])
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path / CONFIG}: {error}") from None
+    if not isinstance(model, Memory):
+        raise ConfigError(f"{path / CONFIG}: field 'memory' is {config['memory']!r}, needs a configuration")
+
+    file = path / PARAMS
+    try:
+        arrays = safetensors.numpy.load_file(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or 'missing'}") from None
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
+        size = f"{file.stat().st_size:,} bytes, needs {config['params_bytes']:,}"
+        raise CheckpointError(f"{file}: truncated or damaged ({size}): {error}") from None
+    _check_arrays(str(file), model, arrays)
+    if (found := _hash(model, file)) != config["hash"]:
+        raise CheckpointError(f"{file}: field 'hash' of {CONFIG} is {config['hash']!r}, config and file give {found!r}")
+
+    tokenizer = load_tokenizer(path / TOKENIZER)
+    if tokenizer.hash != config["tokenizer_hash"]:
+        found, needs = tokenizer.hash[:12], str(config["tokenizer_hash"])[:12]
+        raise TokenizerError(f"{path / TOKENIZER}: its hash is {found}..., the model needs {needs}...")
+    _check_model(str(path), model, tokenizer)
+    specs = model.param_specs()
+    params = jax.tree.unflatten(jax.tree.structure(specs), [jnp.asarray(arrays[name]) for name in _named(specs)])
+    return LoadedModel(model, params, tokenizer, reading, config["hash"])
+
+
+def is_model(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it holds a model; `load_model` tells whether it is whole."""
+    try:
+        return json.loads((Path(path) / CONFIG).read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}, needs a model folder") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not JSON, or truncated: {error}") from None
+    found = config.get("format") if isinstance(config, dict) else type(config).__name__
+    if found != FORMAT:
+        raise CheckpointError(f"{file}: field 'format' is {found!r}, needs {FORMAT!r}")
+    if config.get("version") != VERSION:
+        raise CheckpointError(f"{file}: field 'version' is {config.get('version')!r}, needs {VERSION}")
+    if missing := FIELDS - config.keys():
+        raise CheckpointError(f"{file}: has no field {min(missing)!r}")
+    return config
+
+
+def _check_model(name: str, model: Memory, tokenizer: Tokenizer) -> None:
+    if not model.takes_ids or model.reads_ids is None:
+        raise ConfigError(f"{name}: {type(model).__name__} takes no token ids, needs a language model")
+    if tokenizer.vocab_size > model.reads_ids:
+        raise TokenizerError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.reads_ids}")
+
+
+def _check_arrays(name: str, model: Memory, arrays: dict[str, np.ndarray]) -> None:
+    specs = _named(model.param_specs())
+    for leaf, spec in specs.items():
+        if leaf not in arrays:
+            raise CheckpointError(f"{name}: has no array {leaf!r}, needs float32{list(spec.shape)}")
+        found = arrays[leaf]
+        if found.shape != spec.shape or found.dtype != np.float32:
+            raise CheckpointError(
+                f"{name}: array {leaf!r} is {found.dtype.name}{list(found.shape)}, needs float32{list(spec.shape)}"
+            )
+    if extra := arrays.keys() - specs.keys():
+        raise CheckpointError(f"{name}: array {min(extra)!r} is none of this model")
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path}: exists; overwrite=True replaces a model")
+    if not is_model(path):
+        raise CheckpointError(f"{path}: exists and is no model; it is not overwritten")
+
+
+# ---------------------------------------------------------------------------------------------- small parts
+
+
+def _named(tree: dict) -> dict[str, Any]:
+    """Leaves by dotted path, in the order of the tree."""
+    return {".".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _hash(model: Memory, params: Path) -> str:
+    digest = hashlib.sha256(json.dumps(to_config(model), sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    with params.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `path`, in the place of an older one, when the block ends well."""
+    token = secrets.token_hex(8)
+    partial, old = (path.with_name(f"{path.name}.{kind}-{token}") for kind in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if replaces := path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            if replaces:
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

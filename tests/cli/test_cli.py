@@ -1,0 +1,269 @@
+"""The commands as a user types them, in this process: what they print, and what they return."""
+
+import json
+
+import pytest
+from rich.text import Text
+
+from memjax.catalog import CATALOG
+from memjax.cli import main
+from memjax.cli.bank import excerpt
+from memjax.cli.console import printable, size
+from memjax.lm.files import save_model
+from tests.lm import tiny
+
+SMALL = ["--steps", "3", "--dim", "16", "--layers", "1", "--context", "16", "--batch", "2", "--tokenizer", "bytes"]
+QUESTION = "Which number belongs to the red house?"
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """memjax ARGUMENTS in an empty folder: code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two untrained models with one configuration."""
+    folder, model = tmp_path_factory.mktemp("models"), tiny.model()
+    for seed in (0, 1):
+        save_model(folder / f"m{seed}", model, tiny.params(model, seed), tiny.TOKENIZER, reading=tiny.READING)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("The red house has number 1234567.\nIt stands alone.\n")
+    (folder / "b.md").write_text("Nothing to see.\nWalk on.\n")
+    (folder / "sub" / "c.txt").write_text("A third text,\nin a folder of its own.\n")
+    return folder
+
+
+def assert_refused(result, *parts):
+    """Exit code 2 and one line on standard error, without a traceback."""
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+# ---------------------------------------------------------------------------------------------- list
+
+
+def test_help_names_the_commands(run):
+    for arguments in ((), ("--help",)):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert all(f"• {command}" in out for command in ("list", "train", "generate", "bank"))
+
+
+def test_wrong_arguments(run):
+    assert run("bank", "ask")[0] == 2
+    assert run("lists")[0] == 2
+
+
+def test_list(run):
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    assert out.startswith("cpu x 8, jax ")
+    assert "kernels: xla" in out.splitlines()[0]
+    for name, entry in CATALOG.items():
+        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert str(entry.year) in line
+    assert out.index("in_state") < out.index("in_context") < out.index("in_storage") < out.index("in_weights")
+    assert "131 KB" in next(line for line in out.splitlines() if line.strip().startswith("gla "))
+
+
+def test_list_one(run):
+    for name, entry in CATALOG.items():
+        code, out, _ = run("list", name)
+        assert code == 0
+        for part in ("State", entry.when, entry.paper, "arrays at dim 512", "params.", "state in all"):
+            assert part in " ".join(out.split()), (name, part)
+    assert "state.S" in run("list", "gla")[1]
+
+
+def test_list_of_an_unknown_name(run):
+    assert_refused(run("list", "gated_delta"), "'gated_delta'", "did you mean gated_delta_net?")
+    assert_refused(run("list", "zzz"), "there are gated_delta_net")
+
+
+def test_a_device_that_is_not_there(run):
+    assert_refused(run("list", "--device", "tpu"), "--device tpu: jax already runs on cpu")
+    assert run("list", "--device", "cpu")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------- train, generate
+
+
+def test_train_resume_and_generate(run, corpus, tmp_path):
+    (corpus / "a.txt").write_text("round and round it goes. " * 20)
+    command = ["train", "--data", corpus, "--directory", "run", *SMALL]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "3 files, " in out and "gla x 1, dim 16" in out and "sample" in out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "loss.png", "metrics.jsonl", "model", "step_00000003", "tokenizer.json",
+    }  # fmt: skip
+
+    code, out, err = run(*command, "--steps", 5)
+    assert (code, err) == (0, "")
+    assert "resumed at step 3" in out
+    assert [json.loads(line)["step"] for line in open("run/metrics.jsonl")] == [1, 3, 5]
+
+    code, out, _ = run("generate", "run", "round", "--tokens", 5, "--temperature", 0)
+    assert code == 0 and out.splitlines()[1].startswith("round")
+    _, same, _ = run("generate", "run/model", "round", "--tokens", 5, "--temperature", 0)
+    assert same.splitlines()[:-1] == out.splitlines()[:-1]
+    assert_refused(run("generate", "run", "x", "--top-p", 2), "top_p")
+    assert_refused(run("generate", "."), "neither a model (config.json) nor a run's checkpoints")
+
+    (corpus / "b.md").write_text("another text")
+    assert_refused(run(*command, "--steps", 7), "config.corpus")
+
+
+def test_a_run_that_was_interrupted(run, corpus, monkeypatch):
+    import memjax.train
+
+    fit = memjax.train.fit
+
+    def interrupted(*args, steps, **kw):
+        fit(*args, steps=2, **kw)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memjax.train, "fit", interrupted)
+    command = ["train", "--data", corpus, "--directory", "run", *SMALL, "--mixer", "sliding_window_attention"]
+    code, _, err = run(*command, "--config", '{"heads": 2}')
+    assert code == 130
+    assert err == "interrupted; step 2 is saved, the same command goes on from there\n"
+    code, out, _ = run("generate", "run", "It", "--tokens", 3)  # the newest checkpoint will do
+    assert code == 0 and out.splitlines()[1].startswith("It")
+
+
+def test_train_refuses(run, corpus):
+    command = ["train", "--data", corpus, *SMALL]
+    assert_refused(run(*command, "--mixer", "glaa"), "did you mean gla?")
+    assert_refused(run(*command, "--config", '{"heads": 3}'), "GatedLinearAttention cannot be built", "heads = 3")
+    assert_refused(run(*command, "--config", "{heads"), "--config: not JSON")
+    assert_refused(run(*command, "--config", "nowhere.json"), "--config nowhere.json: No such file")
+    assert_refused(run(*command, "--steps", 0), "--steps is 0")
+    assert_refused(run(*command, "--context", 10_000), "needs more than --context 10000")
+    assert_refused(run("train", "--data", "nowhere"), "nowhere: there is no such file or folder")
+
+
+# ---------------------------------------------------------------------------------------------- bank
+
+
+def test_build_ask_info(run, models, corpus, tmp_path):
+    (corpus / "picture.bin").write_bytes(b"\x89\0\1")
+    code, out, err = run("bank", "build", corpus, "--model", models / "m0")
+    assert (code, err) == (0, "")
+    assert "skipped 1 file:" in out and "picture.bin: binary: a NUL byte" in out
+    assert "3 files, " in out and "texts.bank: 3 documents, " in out and "bank ask texts.bank" in out
+
+    code, out, err = run("bank", "ask", "texts.bank", QUESTION, "--passages", 3)
+    assert (code, err) == (0, "")
+    answer, passages = out.split("read from\n")
+    assert answer.splitlines()[2] == "answer"
+    assert sorted(line.split()[1] for line in passages.splitlines() if "score" in line) == [
+        "a.txt:1-2", "b.md:1-2", "sub/c.txt:1-2",
+    ]  # fmt: skip
+    assert "The red house has number 1234567. It stands alone." in passages
+    scores = [float(line.split()[-1]) for line in passages.splitlines() if "score" in line]
+    assert scores == sorted(scores, reverse=True)
+
+    one = ("bank", "ask", "texts.bank", QUESTION, "--passages", 1)
+    printed = [run(*one, "--location", place)[1] for place in ("disk", "host", "device")]
+    answers = {text.split("answer\n")[1].rsplit("\n", 2)[0] for text in printed}
+    assert len(answers) == 1
+
+    code, out, _ = run("bank", "info", "texts.bank")
+    assert code == 0
+    assert "3 of 3 files" in out and "a copy is in the bank" in out and "sub/c.txt" in out and "1 segments: 1" in out
+
+
+def test_ask_with_another_model(run, models, corpus):
+    run("bank", "build", corpus, "--model", models / "m0", "--bank", "b")
+    assert_refused(run("bank", "ask", "b", QUESTION, "--model", models / "m1"), "b: was built with model")
+    assert run("bank", "ask", "b", QUESTION, "--model", models / "m0")[0] == 0
+    assert_refused(run("bank", "ask", "b", ""), "question: is empty")
+    assert_refused(run("bank", "ask", "b", QUESTION * 12), "question: has 457 tokens, the model's window is 384")
+    assert_refused(run("bank", "ask", "b", QUESTION, "--passages", 0), "--passages is 0")
+    assert_refused(run("bank", "info", corpus), "manifest.json")
+    assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: exists; --overwrite")
+    assert run("bank", "build", corpus, "--model", models / "m1", "--bank", "b", "--overwrite")[0] == 0
+    assert run("bank", "ask", "b", QUESTION, "--model", models / "m1")[0] == 0
+
+
+def test_a_bank_inside_its_folder_is_not_read_into_itself(run, models, corpus):
+    for _ in range(2):
+        code, out, _ = run(
+            "bank", "build", corpus, "--model", models / "m0", "--bank", corpus / "my.bank", "--overwrite"
+        )
+        assert code == 0 and "3 documents" in out and "skipped" not in out
+
+
+def test_an_interrupted_build(run, models, corpus, monkeypatch, tmp_path):
+    import memjax.lm.build
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memjax.lm.build.reader, "pool_documents", interrupt)
+    code, _, err = run("bank", "build", corpus, "--model", models / "m0")
+    assert (code, err) == (130, "interrupted; no bank was written; the same command begins anew\n")
+    assert not list(tmp_path.glob("*.bank*"))
+
+
+def test_nothing_to_read(run, models, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    build = ("bank", "build", "--model", models / "m0")
+    assert_refused(run(*build, "empty"), "empty: the folder holds no text file")
+    assert_refused(run(*build, "latin.txt"), "latin.txt: can't be used as text: not UTF-8: byte 0xe9 at offset 3")
+    assert_refused(run(*build, "nowhere"), "nowhere: there is no such file or folder")
+
+
+def test_a_damaged_model(run, models, corpus, tmp_path):
+    run("bank", "build", corpus, "--model", models / "m0", "--bank", "b")
+    file = tmp_path / "b" / "model" / "params.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert_refused(run("bank", "ask", "b", QUESTION), "b/model/params.safetensors: truncated or damaged")
+    assert_refused(
+        run("bank", "build", corpus, "--model", corpus, "--bank", "c"), "config.json: ", "needs a model folder"
+    )
+    (tmp_path / "b" / "model" / "config.json").unlink()
+    assert_refused(run("bank", "ask", "b", QUESTION), "b: holds no copy of its model, name it with --model")
+
+
+# ---------------------------------------------------------------------------------------------- small parts
+
+
+def test_an_excerpt_shows_the_words_of_the_question():
+    text = "x " * 500 + "the Red house has number 7.\n" + "y " * 500
+    shown = excerpt(text, QUESTION, width=80)
+    assert isinstance(shown, Text)
+    assert "Red house has number 7." in shown.plain and len(shown.plain) <= 84
+    assert shown.plain.startswith("… ") and shown.plain.endswith(" …")
+    assert sorted(shown.plain[s.start : s.end] for s in shown.spans) == ["house", "number"]
+    assert excerpt("short", QUESTION).plain == "short"
+
+
+def test_control_sequences_do_not_reach_the_terminal():
+    assert printable("a\x1b[31mb\tc\r\nd\x9b") == "a\ufffd[31mb\tc\nd\ufffd"
+
+
+def test_sizes():
+    assert [size(n) for n in (0, 999, 1000, 131_072, 3_220_000, 1_000_000_000)] == [
+        "0 B", "999 B", "1 KB", "131 KB", "3.22 MB", "1 GB",
+    ]  # fmt: skip
