@@ -40,7 +40,7 @@ check: setup
 notebooks: setup
 	@rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.py build/notebooks
 	$(IN_VENV) -m jupytext --quiet --to ipynb --set-kernel python3 build/notebooks/*.py
-	PYTHONPATH=$(CURDIR) $(IN_VENV) -m pytest --nbmake build/notebooks/*.ipynb
+	PYTHONPATH=$(CURDIR) $(IN_VENV) -m pytest --nbmake --overwrite build/notebooks/*.ipynb
 
 clean:
 	rm -rf .venv .venv313 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -5,9 +5,9 @@
     python -m experiments.needle_bank --seeds 0 1 2       the committed record
     python -m experiments.needle_bank --folder DIR        with the text of a folder of yours in the corpus
 
-The corpus is text that is on every machine with Python, cut into documents of 64 tokens. Needles (sentences of the RULER
-kind, words held out from training) are planted in the first 16K tokens; the same questions are asked while the bank
-grows around them. The model routes over the whole bank, reads the best two documents, and copies the answer.
+The corpus is text that is on every machine with Python, cut into documents of 64 tokens. Needles (sentences of the
+RULER kind, words held out from training) are planted in the first 16K tokens; the same questions are asked while the
+bank grows around them. The model routes over the whole bank, reads the best two documents, and copies the answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Config:
     """Training seeds; each is a run of its own, all go into one record."""
     folder: tuple[Path, ...] = ()
     """Folders whose text is put in front of the standard library's."""
-    steps: int = 700
+    steps: int = 600
     """Updates of training."""
     questions: int = 128
     """Needles in each draw."""
@@ -128,7 +128,7 @@ def read_corpus(config: Config, count: int) -> Corpus:
         documents = data.cut(files, tokenizer, config.document_tokens, align="tokens").ids
     if len(documents) < count:
         raise SystemExit(
-            f"--tokens {config.tokens} needs {count} documents, the corpus has {len(documents)}: name a --folder with more text"
+            f"--tokens {config.tokens} needs {count} documents, the corpus has {len(documents)}: name a --folder"
         )
     documents = documents[np.random.default_rng(7).permutation(len(documents))]
     rest = documents[count:]
@@ -138,8 +138,19 @@ def read_corpus(config: Config, count: int) -> Corpus:
     )
 
 
+def twins(rng: np.random.Generator, asked: list) -> list:
+    """Needles in pairs that share one word of their keys: the first or the second."""
+    out = list(asked)
+    for i in range(1, len(asked), 2):
+        mine, theirs = asked[i].key.split(), asked[i - 1].key.split()
+        keep = int(rng.integers(2))
+        mine[keep] = theirs[keep]
+        out[i] = asked[i]._replace(key=" ".join(mine))
+    return out
+
+
 def training_batch(config: Config, corpus: Corpus):
-    """rng -> a batch of memjax.train.retrieval: needles in a pool of documents, questions, and what is read to answer."""
+    """rng -> a batch of memjax.train.retrieval: needles in a pool of documents, questions, what is read to answer."""
     from memjax.lm import reading
     from memjax.tasks import needle
 
@@ -149,13 +160,15 @@ def training_batch(config: Config, corpus: Corpus):
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
         pool = corpus.training[rng.integers(0, len(corpus.training), config.pool_documents)]
         gold = rng.permutation(config.pool_documents)[: config.batch]
-        asked = needle.needles(rng, corpus.train_words, config.batch)
+        asked = twins(rng, needle.needles(rng, corpus.train_words, config.batch))
         for at, one in zip(gold, asked, strict=True):
             pool[at] = needle.plant(rng, pool[at], encode(one.sentence))
-        # Beside the right document: mostly another question's, so that copying must find the key and not just any
-        # number; sometimes the same once more, since what is read twice teaches copying fastest.
-        kind, n = rng.random(config.batch), config.batch
-        other = np.where(kind < 0.5, np.roll(gold, 1), np.where(kind < 0.8, gold, rng.integers(0, config.pool_documents, n)))
+        # Beside the right document: mostly its twin's, so that copying must match the whole key; sometimes the same once
+        # more, since what is read twice teaches copying fastest.
+        kind = rng.random(config.batch)
+        any_other = rng.integers(0, config.pool_documents, config.batch)
+        twin = gold[np.arange(config.batch) ^ 1]
+        other = np.where(kind < 0.6, twin, np.where(kind < 0.85, gold, any_other))
         questions = [encode(one.question) for one in asked]
         answers = [np.append(encode(one.answer), special["<end>"]) for one in asked]
         texts = []
@@ -275,8 +288,8 @@ def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[
                 for timed in (False, True) if not seconds else (True,):  # the first batch of a size compiles
                     began = time.perf_counter()
                     got = reader.answer(
-                        model, params, bank, corpus.tokenizer, [one.question for one in batch], texts.documents.__getitem__,
-                        steps=PADDED_ANSWER, question_width=PADDED_QUESTION,
+                        model, params, bank, corpus.tokenizer, [one.question for one in batch],
+                        texts.documents.__getitem__, steps=PADDED_ANSWER, question_width=PADDED_QUESTION,
                         reading_width=2 * (config.document_tokens + 1) + PADDED_QUESTION,
                     )  # fmt: skip
                     if timed:

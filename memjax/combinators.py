@@ -87,7 +87,9 @@ class Combinator(Memory):
 
     def _same_width(self) -> None:
         if len({p.dim for p in self.parts}) != 1:
-            raise ValueError(f"{type(self).__name__}: the parts have dim {[p.dim for p in self.parts]}, needs one width")
+            raise ValueError(
+                f"{type(self).__name__}: the parts have dim {[p.dim for p in self.parts]}, needs one width"
+            )
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def constant(value: float | int) -> Initializer:
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
-def dense(n_in: int, n_out: int, axes: tuple[str | None, str | None] = ("model", "heads"), kind: Kind = "matrix") -> Param:
+def dense(
+    n_in: int, n_out: int, axes: tuple[str | None, str | None] = ("model", "heads"), kind: Kind = "matrix"
+) -> Param:
     """A linear map [n_in, n_out], normal with standard deviation n_in**-0.5."""
     return Param((n_in, n_out), axes, normal(n_in**-0.5), kind)
 

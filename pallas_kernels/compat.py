@@ -5,6 +5,11 @@ from typing import Any
 import jax
 from jax import Array, lax
 
+# For programs that are slower to compile well than to run: leaves out XLA passes that change speed, not results.
+QUICK_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # the slow emitters can be switched off only there; later ones refuse the name
+    QUICK_COMPILE["xla_cpu_use_fusion_emitters"] = False
+
 
 def varying_axes(x: Array) -> frozenset[str]:
     """The manual mesh axes over which x differs between devices; empty outside `shard_map`."""

@@ -91,7 +91,9 @@ def test_the_ring_rounds_inside_the_call():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_attention_is_softmax_over_what_is_visible(dtype):
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (2, n, h, 4), dtype) for key, n, h in zip(keys, (3, 5, 5), (4, 2, 2), strict=False))
+    q, k, v = (
+        jax.random.normal(key, (2, n, h, 4), dtype) for key, n, h in zip(keys, (3, 5, 5), (4, 2, 2), strict=False)
+    )
     visible = jax.random.bernoulli(keys[3], 0.6, (2, 3, 5)).at[0, 1].set(False).at[:, 0].set(True)
     o = attention(q, k, v, visible, 0.7)
     assert o.dtype == dtype

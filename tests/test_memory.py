@@ -16,7 +16,19 @@ from memjax.combinators import Gate, Repeat, Residual, Stack, pattern
 from memjax.errors import ConfigError
 from memjax.layers import linear, mask
 from memjax.lm.model import LanguageModel, block
-from memjax.memory import How, Memory, NoState, Param, Slot, config_hash, constant, dense, from_config, normal, to_config
+from memjax.memory import (
+    How,
+    Memory,
+    NoState,
+    Param,
+    Slot,
+    config_hash,
+    constant,
+    dense,
+    from_config,
+    normal,
+    to_config,
+)
 
 
 class SumState(NamedTuple):
@@ -207,7 +219,9 @@ def test_how_is_static():
 
 SMALL = {name: CATALOG[name].build_small() for name in ("gla", "sliding_window_attention", "msa", "stem", "canon")}
 NESTED = LanguageModel(
-    Stack((pattern(block(SMALL["gla"], 24), Residual(SMALL["canon"]), n=2), Residual(Gate(SMALL["msa"], SMALL["stem"])))),
+    Stack(
+        (pattern(block(SMALL["gla"], 24), Residual(SMALL["canon"]), n=2), Residual(Gate(SMALL["msa"], SMALL["stem"])))
+    ),
     50,
     dtype="bfloat16",
     embed_std=None,
@@ -230,7 +244,10 @@ def test_configurations_travel_as_json():
         ({"class": "memjax.memory.Missing"}, "is not a Memory"),
         ({"class": "GLA"}, "'class' is 'GLA', needs 'module.Class'"),
         ({"dim": 4}, "'class' is None"),
-        ({"class": "memjax.lm.model.FeedForward", "dim": 4, "width": 8}, "has no field 'width'; it has .'dim', 'hidden'."),
+        (
+            {"class": "memjax.lm.model.FeedForward", "dim": 4, "width": 8},
+            "has no field 'width'; it has .'dim', 'hidden'.",
+        ),
         ({"class": "memjax.lm.model.FeedForward", "dim": 4}, "FeedForward cannot be built"),
         ({"class": "memjax.in_context.canon.Canon", "dim": 4, "width": 1}, "width is 1, needs at least 2"),
     ],

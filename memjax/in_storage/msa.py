@@ -28,9 +28,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from memjax import layers
 from memjax.in_storage.bank import Bank, read
-from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary, segments, wide
+from memjax.layers import (
+    Ring,
+    attention,
+    heads,
+    linear,
+    merge,
+    positions,
+    ring_append,
+    rms_norm,
+    rotary,
+    segments,
+    wide,
+)
 from memjax.memory import How, Memory, Param, Slot, constant, dense
-
 
 # Scores are reduced in this order: over query heads, over the tokens of a question, over the chunks of a document.
 HeadReduce = Literal["mean", "max"]

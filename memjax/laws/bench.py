@@ -15,14 +15,9 @@ from jax import lax
 
 from memjax.laws.compare import count, is_float, named, path_name, to_numpy
 from memjax.memory import How, Memory
+from pallas_kernels.compat import QUICK_COMPILE
 
 B, T, CUT = 4, 12, 7  # rows, tokens, and the length of the first piece where a sequence is really cut
-# Compiling is what takes the time; the XLA passes left out here change speed, not results.
-FAST = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class Case(NamedTuple):
@@ -101,7 +96,7 @@ class Bench:
 
     def __init__(self, memory: Memory, seed: int = 0, bfloat16_error: float = 3e-2):
         self.memory, self.rng, self.bfloat16_error = memory, np.random.default_rng(seed), bfloat16_error
-        self.options = FAST if jax.default_backend() == "cpu" else {}
+        self.options = QUICK_COMPILE if jax.default_backend() == "cpu" else {}
         self.programs: dict[Any, Callable] = {}
         self.traces = 0
         noise = lambda a: np.asarray(a) + 0.1 * self.rng.standard_normal(a.shape).astype(np.float32)  # noqa: E731

@@ -58,7 +58,7 @@ def build_bank(
     """
     from memjax.train.progress import Progress
 
-    began = time.perf_counter()
+    began, path = time.perf_counter(), Path(path)
     reading, layer, rows = reading_shape(loaded)
     documents = cut(files, loaded.tokenizer, reading.document_tokens)
     n = len(documents.lengths)
@@ -86,7 +86,6 @@ def build_bank(
             then, before = first = first or (now, tokens)
             speed = {"tokens_per_second": (tokens - before) / (now - then)} if tokens > before else {}
             bar.update(len(block.doc_len), tokens=tokens, **speed, bytes=size)
-    path = Path(path)
     if has_model := loaded.model.param_bytes() < COPIED_MODEL:
         save_model(path / "model", loaded.model, loaded.params, loaded.tokenizer, reading=reading)
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

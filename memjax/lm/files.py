@@ -143,7 +143,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     if (found := _hash(model, file)) != config["hash"]:
         raise CheckpointError(f"{file}: field 'hash' of {CONFIG} is {config['hash']!r}, config and file give {found!r}")
 
-    tokenizer = load_tokenizer(path / TOKENIZER)
+    tokenizer: Tokenizer = load_tokenizer(path / TOKENIZER)  # type: ignore[assignment]  # cached_property, not property
     if tokenizer.hash != config["tokenizer_hash"]:
         found, needs = tokenizer.hash[:12], str(config["tokenizer_hash"])[:12]
         raise TokenizerError(f"{path / TOKENIZER}: its hash is {found}..., the model needs {needs}...")

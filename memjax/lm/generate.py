@@ -1,6 +1,6 @@
 """Generation through `step`: greedy or sampled, ragged prompts, whole or streamed.
 
-A language model is any Memory over token ids whose y are logits. Rows are donated: a decoded token copies no cache.
+A language model is any Memory over token ids with logits as y. States are donated: a decoded token copies no cache.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def prefill(
     return jax.vmap(lambda y, i: y[i])(y, last), state
 
 
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "how"), donate_argnames=("state",))
 def decode(
     model: Memory,
     params: dict,
@@ -74,16 +75,9 @@ def decode(
     """A token for each key after `logits`: tokens [b, n] (-1 after the stop token), the state, the next logits, which
     rows ended.
 
-    A row that has ended reads no more tokens: its state stays as it was. The rows of `state` are consumed; a store is
-    not, since other states may stand over it.
+    A row that has ended reads no more tokens: its state stays as it was. The state that is given is consumed.
     """
-    rows = jax.tree.map(lambda s, a: a if "batch" in s.axes else None, model.state_specs(1), state)
-    store = jax.tree.map(lambda s, a: None if "batch" in s.axes else a, model.state_specs(1), state)
-    return _decode(model, params, rows, store, logits, done, keys, sampling=sampling, how=how)
 
-
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "how"), donate_argnames=("rows",))
-def _decode(model, params, rows, store, logits, done, keys, *, sampling: Sampling, how: How):
     def body(carry, key):
         state, logits, done = carry
         token = sample(logits, key, sampling)
@@ -92,7 +86,6 @@ def _decode(model, params, rows, store, logits, done, keys, *, sampling: Samplin
         logits, state = model.step(params, state, token, valid=~done, how=how)
         return (state, logits, done), out
 
-    state = jax.tree.map(lambda a, b: b if a is None else a, rows, store, is_leaf=lambda a: a is None)
     (state, logits, done), tokens = lax.scan(body, (state, logits, done), keys)
     return tokens.T, state, logits, done
 

@@ -177,7 +177,10 @@ def answer(
     ids, valid = reading.pad_left(first, question_width or _round_up(max(map(len, first))))
     state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
     passages = agree(routing, read)
-    texts = [reading.reading(special, [document_ids(d) for d, _ in p], q) for p, q in zip(passages, asked, strict=True)]
+    texts = [
+        reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
+        for p, q in zip(passages, asked, strict=True)
+    ]
     window = min(m.window for m in router_layers(model))
     if (longest := max(map(len, texts)) + max(map(len, first)) + steps) > window:
         raise ValueError(f"answer: question, passages and answer are {longest} tokens, the model's window is {window}")
@@ -211,7 +214,7 @@ class _Thread:
     def __init__(self, tokens: dict[str, Array]):
         self.tokens = tokens
 
-    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, dict]:
+    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
         if isinstance(memory, MSA):
             return self.routed(memory, params, state, x)
         if isinstance(memory, Combinator):

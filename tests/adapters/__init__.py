@@ -15,15 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.compat import QUICK_COMPILE
+
 Arrays = Mapping[str, np.ndarray]
 Results = dict[str, Any]
-
-# Adapters run once: compiling is all the time they take.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class GoldenError(Exception):
@@ -66,7 +61,7 @@ def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, cotangen
         outputs, pull, aux = jax.vjp(run, inputs, has_aux=True)
         return outputs, aux, pull(cotangents)[0]
 
-    return jax.jit(both, compiler_options=dict(QUICK) if jax.default_backend() == "cpu" else None)(inputs, cotangents)
+    return jax.jit(both, compiler_options=QUICK_COMPILE if jax.default_backend() == "cpu" else None)(inputs, cotangents)
 
 
 def each(labels: Iterable[str], compute: Callable[[str], Results]) -> Results:

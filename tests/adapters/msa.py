@@ -17,7 +17,8 @@ from memjax.combinators import Combinator, Residual, Stack
 from memjax.in_storage.msa import MSA, DocumentAttention
 from memjax.in_storage.router_loss import router_loss
 from memjax.lm import LanguageModel, block
-from tests.adapters import QUICK, Arrays, Results, expect
+from pallas_kernels.compat import QUICK_COMPILE
+from tests.adapters import Arrays, Results, expect
 
 
 def build(cfg: dict, routing: dict, tokens: int, documents: int, window: int) -> LanguageModel:
@@ -256,7 +257,7 @@ def system(arrays: Arrays, cfg: dict) -> Results:
     lengths, names = np.asarray(arrays["in_inf_doc_lens"]), set(arrays)
     chunks = int((-(-lengths // cfg["inf"]["pooling_size"])).sum())
     given = {name: jnp.asarray(a) for name, a in arrays.items() if name.startswith(("in_", "param_"))}
-    both = jax.jit(lambda a: train(a, cfg, names) | infer(a, cfg, chunks), compiler_options=dict(QUICK))
+    both = jax.jit(lambda a: train(a, cfg, names) | infer(a, cfg, chunks), compiler_options=QUICK_COMPILE)
     return both(given)
 
 

@@ -11,7 +11,7 @@ import pytest
 from memjax.combinators import Residual, Stack, total
 from memjax.in_storage.msa import MSA, DocumentAttention
 from memjax.in_storage.router_loss import router_loss
-from memjax.laws.bench import FAST
+from pallas_kernels.compat import QUICK_COMPILE
 
 D, H, G, K = 8, 4, 2, 4
 SMALL = MSA(
@@ -21,7 +21,7 @@ SMALL = MSA(
 LENGTHS = (7, 3, 9, 1, 5)  # 3, 1, 3, 1, 2 chunks
 WIDTH, ASKED = 9, 6
 
-jit = partial(jax.jit, static_argnums=0, compiler_options=FAST)
+jit = partial(jax.jit, static_argnums=0, compiler_options=QUICK_COMPILE)
 write = jit(lambda memory, *args, **kw: memory.write(*args, **kw))
 apply = jit(lambda memory, *args, **kw: memory.apply_with_aux(*args, **kw))
 step = jit(lambda memory, *args, **kw: memory.step(*args, **kw))
@@ -85,7 +85,10 @@ class Sheet:
     def qkv(self, x, position):
         q, k, v = ((x @ self.p[w]).reshape(len(x), -1, K) for w in ("w_q", "w_k", "w_v"))
         if self.m.qk_norm:
-            q, k = (a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) * self.p[n] for a, n in ((q, "q_norm"), (k, "k_norm")))
+            q, k = (
+                a / np.sqrt((a * a).mean(-1, keepdims=True) + 1e-6) * self.p[n]
+                for a, n in ((q, "q_norm"), (k, "k_norm"))
+            )
         return turned(q, position, self.m.theta), turned(k, position, self.m.theta), v
 
     def routers(self, x, q, k):
@@ -169,7 +172,9 @@ def test_documents_are_read_alone():
     y, state = stored()
     sheet = Sheet(dataclasses.replace(SMALL, template=0, query_start=0), PARAMS)
     for i, text in enumerate(TEXTS):
-        np.testing.assert_allclose(y[i, : len(text)], sheet.attend(text, [], np.zeros(len(text), bool)), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            y[i, : len(text)], sheet.attend(text, [], np.zeros(len(text), bool)), rtol=1e-3, atol=1e-4
+        )
         chunks = sheet.chunks(text)
         at = slice(int(state.store.doc_start[i]), int(state.store.doc_start[i]) + len(chunks))
         for j, name in enumerate(("k", "v", "rk")):

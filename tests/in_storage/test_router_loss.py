@@ -64,7 +64,7 @@ def test_the_temperature_is_clamped():
 def test_gradients_are_finite(method, temperature):
     """Where documents are missing, where all scores are far below 0, and towards the temperature too."""
     scores = np.concatenate([SCORES, SCORES[3:] * 2, np.full((1, 6), -INF, np.float32)])
-    positive = np.concatenate([POSITIVE, POSITIVE[3:], POSITIVE[:1]])
+    positive = jnp.asarray(np.concatenate([POSITIVE, POSITIVE[3:], POSITIVE[:1]]))
 
     def mean(s, tau):
         return router_loss(s, positive, method=method, temperature=tau).mean()

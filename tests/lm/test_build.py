@@ -11,7 +11,10 @@ from memjax.lm.build import build_bank
 from memjax.lm.files import LoadedModel, load_model, save_model
 from tests.lm import tiny
 
-FILES = [File(f"notes/{i}.txt", "".join(f"line {j} of note {i}, no more\n" for j in range(5))) for i in range(4)]
+FILES = [
+    File(f"notes/{i}.txt", "".join(f"line {j} of note {i}, and no more to say of it\n" for j in range(5)))
+    for i in range(4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +33,10 @@ def bank(loaded, tmp_path_factory):
 def test_the_table_says_where_documents_came_from(bank):
     summary, opened = bank
     text = tiny.TOKENIZER.decode(opened.token_ids(0))
-    assert text == "line 0 of note 0, no more\n"
+    assert text == "line 0 of note 0, and no more to say of it\n"
     assert (opened.documents.path[5], opened.documents.first_line[5]) == ("notes/1.txt", 1)
     assert (summary.documents, summary.tokens) == (20, sum(len(f.text) for f in FILES))
-    assert summary.chunks == 40  # 26 bytes a line, 16 a chunk
+    assert summary.chunks == 60  # 43 bytes a line, 16 a chunk
 
 
 def test_blocks_give_what_each_document_gives_alone(loaded, bank):
@@ -45,9 +48,9 @@ def test_blocks_give_what_each_document_gives_alone(loaded, bank):
         tokens = opened.token_ids(document)
         ids[0, : len(tokens)] = tokens
         alone = reader.pool_documents(loaded.model, loaded.params, ids, np.arange(ids.shape[1])[None] < len(tokens))
-        here = slice(2 * document, 2 * document + 2)
+        here = slice(3 * document, 3 * document + 3)
         for name in ("k", "v", "rk"):
-            got, want = getattr(opened.bank, name)[:, here], getattr(alone, name)[:, :2]
+            got, want = getattr(opened.bank, name)[:, here], getattr(alone, name)[:, :3]
             np.testing.assert_allclose(got.astype(np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.02)
 
 
@@ -67,7 +70,7 @@ def test_a_large_model_is_not_copied(loaded, tmp_path, monkeypatch):
 def test_progress_shows_documents_tokens_and_bytes(loaded, tmp_path, capsys):
     build_bank(loaded, FILES, tmp_path / "b")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "20/20" in last and "tokens 520" in last and "tokens/s" in last and "bytes" in last
+    assert "20/20" in last and "tokens 860" in last and "tokens/s" in last and "bytes" in last
 
 
 def test_an_interruption_leaves_no_bank_or_the_old_one(loaded, tmp_path, monkeypatch):

@@ -6,14 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-# Compile time is most of a test's time, and the backend's optimisations change no formula.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # the slow emitters can be switched off only there; later ones refuse the name
-    FAST["xla_cpu_use_fusion_emitters"] = False
+from pallas_kernels.compat import QUICK_COMPILE
 
 
 def compiled(f, **options):
-    return jax.jit(f, compiler_options=FAST, **options)
+    return jax.jit(f, compiler_options=QUICK_COMPILE, **options)
 
 
 def error(x: Any, ref: Any) -> float:

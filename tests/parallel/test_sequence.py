@@ -19,15 +19,9 @@ from memjax.layers import Ring, heads, linear, merge, positions, ring_append, sc
 from memjax.lm.model import LanguageModel, block
 from memjax.memory import How, Memory, Param, Slot, config_hash, constant, dense, from_config, to_config
 from memjax.parallel import SequenceParallel, make_mesh, sequence_parallel
+from pallas_kernels.compat import QUICK_COMPILE
 
 T = 16  # four tokens a rank
-
-# Programs this small are slower to compile well than to run.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 class AverageState(NamedTuple):
@@ -122,7 +116,7 @@ def float64():
 
 
 def jit(f):
-    return jax.jit(f, compiler_options=QUICK)
+    return jax.jit(f, compiler_options=QUICK_COMPILE)
 
 
 def cast(tree, dtype):
