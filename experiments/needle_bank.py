@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 PADDED_QUESTION, PADDED_ANSWER = 28, 9  # tokens
 PREFIX = 16 << 10  # tokens of the smallest memory; needles stand in it
-BLOCK = 256  # documents read at once when a bank is built
+BLOCK = 64  # documents read at once when a bank is built
 ASKED = 64  # questions of a batch
 
 
@@ -39,7 +39,7 @@ class Config:
     """Training seeds; each is a run of its own, all go into one record."""
     folder: tuple[Path, ...] = ()
     """Folders whose text is put in front of the standard library's."""
-    steps: int = 600
+    steps: int = 650
     """Updates of training."""
     questions: int = 128
     """Needles in each draw."""
@@ -61,8 +61,8 @@ class Config:
     adam_learning_rate: float = 0.005
     device: str | None = None
     """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
-    output: Path | None = None
-    """Folder for bank, checkpoints, record and picture; by default the record goes to experiments/records."""
+    output: Path = Path("build/demo")
+    """Folder for checkpoints (a run that was interrupted goes on from them), model, bank, record and picture."""
     quick: bool = False
     """A few steps and a small bank: shows that everything runs, not how well."""
 
@@ -163,12 +163,12 @@ def training_batch(config: Config, corpus: Corpus):
         asked = twins(rng, needle.needles(rng, corpus.train_words, config.batch))
         for at, one in zip(gold, asked, strict=True):
             pool[at] = needle.plant(rng, pool[at], encode(one.sentence))
-        # Beside the right document: mostly its twin's, so that copying must match the whole key; sometimes the same once
-        # more, since what is read twice teaches copying fastest.
+        # Beside the right document stands its twin's, so that copying must match the whole key, or the same once more,
+        # since what is read twice teaches copying fastest, or any other.
         kind = rng.random(config.batch)
         any_other = rng.integers(0, config.pool_documents, config.batch)
         twin = gold[np.arange(config.batch) ^ 1]
-        other = np.where(kind < 0.6, twin, np.where(kind < 0.85, gold, any_other))
+        other = np.where(kind < 0.5, twin, np.where(kind < 0.85, gold, any_other))
         questions = [encode(one.question) for one in asked]
         answers = [np.append(encode(one.answer), special["<end>"]) for one in asked]
         texts = []
@@ -210,23 +210,25 @@ def train(config: Config, corpus: Corpus, model, seed: int, home: Path):
     ).params
 
 
-def build(config: Config, corpus: Corpus, model, params, path: Path) -> dict[str, Any]:
+def build(config: Config, corpus: Corpus, model, params, model_hash: str, path: Path) -> dict[str, Any]:
     """Write the bank of the first documents of the corpus to `path`; documents, bytes and tokens per second."""
     from memjax import to_config
     from memjax.in_storage.bank_files import BankWriter
     from memjax.lm import reader
-    from memjax.memory import config_hash
     from memjax.train import Progress
 
     count = parse_tokens(config.tokens) // config.document_tokens
     router = reader.router_layers(model)
     kept = {
         "layers": len(router), "kv_heads": router[0].kv_heads, "head_dim": router[0].head_dim, "vocab": config.vocab,
-        "model_hash": config_hash(model), "model_config": to_config(model), "tokenizer_hash": corpus.tokenizer.hash,
+        "model_hash": model_hash, "model_config": to_config(model), "tokenizer_hash": corpus.tokenizer.hash,
     }  # fmt: skip
     next(reader.pool_blocks(model, params, corpus.first(1), BLOCK))  # compile
     began = time.perf_counter()
-    with BankWriter(path, **kept) as writer, Progress(count * config.document_tokens, "bank", unit="token") as bar:
+    with (
+        BankWriter(path, overwrite=True, **kept) as writer,
+        Progress(count * config.document_tokens, "bank", unit="token") as bar,
+    ):
         for block in reader.pool_blocks(model, params, corpus.first(count), BLOCK):
             writer.append(block)
             bar.update(len(block.doc_len) * config.document_tokens)
@@ -392,6 +394,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.device:
         jax.config.update("jax_platforms", config.device)
     from experiments import record
+    from memjax.lm.files import ReadingSettings, save_model
 
     device = jax.devices()[0]
     print(f"{device.platform} x {jax.device_count()} ({device.device_kind}), jax {jax.__version__}", flush=True)
@@ -399,33 +402,36 @@ def main(config: Config) -> dict[str, Any]:
     print(f"reading the corpus for {count:,} documents of {config.document_tokens} tokens", flush=True)
     corpus, model = read_corpus(config, count), build_model(config)
     print(f"{len(corpus.documents):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
+    paths = ("folder", "output")  # a record speaks of the run, not of one machine's folders
     body: dict[str, Any] = {
-        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "config": {name: value for name, value in asdict(config).items() if name not in paths},
         "trained_on": config.pool_documents * config.document_tokens,
         "runs": [],
     }
-    with tempfile.TemporaryDirectory(prefix="needle-bank-") as scratch:
-        for seed in config.seeds:
-            home = (config.output or Path(scratch)) / f"seed-{seed}"
-            began = time.perf_counter()
-            params = train(config, corpus, model, seed, home)
-            seconds = time.perf_counter() - began
-            bank = build(config, corpus, model, params, home / "bank")
-            rows = ask(config, corpus, model, params, home / "bank")
-            relative_drop(rows)
-            metrics = [json.loads(line) for line in (home / "phase-0" / "metrics.jsonl").read_text().splitlines()]
-            body["runs"].append(
-                {"seed": seed, "train_seconds": seconds, "bank": bank, "sizes": rows, "metrics": metrics}
-            )
+    for seed in config.seeds:
+        home = config.output / ("quick" if config.quick else f"seed-{seed}")
+        began = time.perf_counter()
+        params = train(config, corpus, model, seed, home)
+        seconds = time.perf_counter() - began
+        settings = ReadingSettings(config.document_tokens, passages=2, answer_tokens=PADDED_ANSWER)
+        model_hash = save_model(home / "model", model, params, corpus.tokenizer, reading=settings, overwrite=True)
+        bank = build(config, corpus, model, params, model_hash, home / "bank")
+        rows = ask(config, corpus, model, params, home / "bank")
+        relative_drop(rows)
+        metrics = [json.loads(line) for line in (home / "phase-0" / "metrics.jsonl").read_text().splitlines()]
+        body["runs"].append({"seed": seed, "train_seconds": seconds, "bank": bank, "sizes": rows, "metrics": metrics})
+        for phase in home.glob("phase-*"):  # done: the next run trains again
+            shutil.rmtree(phase)
     table(body)
     if config.quick:
         print("quick: nothing is recorded; this shows that everything runs, not how well")
         return body
     from memjax import plots
 
-    path = record.write("needle_bank", body, *([config.output] if config.output else []))
+    path = record.write("needle_bank", body, config.output)
     plots.plot_needle_bank(path, path.with_suffix(".png"))
-    print(f"wrote {path} and its picture {path.with_suffix('.png').name}")
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} 'The special magic number for ... is'")
     return body
 
 

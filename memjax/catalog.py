@@ -29,7 +29,8 @@ class Entry:
     """One architecture.
 
     path: its class. summary: one line. paper: where it was published. year: of that. sheet: what its specification is
-    called. when: what to choose it for. small: fields of a small instance (dim 16) for the laws. goldens: files in tests/goldens that check it.
+    called. when: what to choose it for. small: fields of a small instance (dim 16) for the laws. goldens: files in
+    tests/goldens that check it.
     """
 
     path: str

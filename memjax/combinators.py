@@ -169,7 +169,7 @@ class Repeat(Combinator):
 
         body = jax.checkpoint(body, prevent_cse=False) if call.remat else body
         x, out = lax.scan(body, x, (params, jax.tree.map(lambda *a: jnp.stack(a), *state)), length=self.n)
-        states, auxes = zip(*(jax.tree.map(lambda a: a[i], out) for i in range(self.n)), strict=True)  # noqa: B023
+        states, auxes = zip(*(jax.tree.map(lambda a: a[i], out) for i in range(self.n)), strict=True)
         return x, states, auxes
 
 
@@ -210,7 +210,7 @@ class Gate(Combinator):
 
 
 def total(aux: Any) -> dict[str, Array]:
-    """The auxiliary scalars of a whole model, added up over its layers by their last name; larger arrays are left out."""
+    """The auxiliary scalars of a whole model, added up over layers by their last name; other arrays are left out."""
     out: dict[str, Array] = {}
     for path, a in jax.tree_util.tree_leaves_with_path(aux):
         if a.ndim == 0:

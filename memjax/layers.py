@@ -31,13 +31,17 @@ def row(w: Array, like: Array) -> Array:
     return w.astype(like.dtype).reshape((1,) * (like.ndim - w.ndim) + w.shape)
 
 
-def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None) -> Float[Array, "*b o"]:
+def linear(
+    x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*b o"]:
     """x W (+ bias) in the dtype of x: the one place where float32 parameters meet the compute dtype."""
     y = jnp.einsum("...i,io->...o", x, w.astype(x.dtype))
     return y if bias is None else y + row(bias, y)
 
 
-def gate(x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None) -> Float[Array, "*b o"]:
+def gate(
+    x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*b o"]:
     """x W (+ bias) for gates, decays and logits: product in the dtype of x, accumulated and returned in float32."""
     accumulate = wide(x).dtype
     y = jnp.einsum("...i,io->...o", x, w.astype(x.dtype), preferred_element_type=accumulate)
@@ -203,7 +207,9 @@ def attention(
         return _attention64(q, k, v, visible, q.shape[-1] ** -0.5 if scale is None else scale)
     m = visible[:, None]
     with jax.numpy_dtype_promotion("standard"):  # jax's own code promotes bfloat16 logits
-        o = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=m, scale=scale, implementation="xla")
+        o = jax.nn.dot_product_attention(
+            q, k.astype(q.dtype), v.astype(q.dtype), mask=m, scale=scale, implementation="xla"
+        )
     return jnp.where(visible.any(-1)[..., None, None], o, jnp.zeros((), o.dtype))
 
 

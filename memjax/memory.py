@@ -44,7 +44,7 @@ class Param:
     axes: a logical name for each dimension ("model", "heads", "key", "value", "vocab", "mlp", "slots") or None.
     kind: the optimizer's group. matrix: a linear map (last two dimensions); embedding: rows that are looked up;
         vector: scales and convolutions; gate: what feeds a decay or a write strength.
-    draws_like: the name of a sibling parameter whose random numbers this one repeats (same shape and init: same values).
+    draws_like: the sibling parameter whose random numbers this one repeats (same shape and init: same values).
     """
 
     shape: tuple[int, ...]

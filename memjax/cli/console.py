@@ -98,7 +98,7 @@ def _machine(device: str | None) -> str:
 
     from pallas_kernels.delta_rule import IMPLEMENTATIONS
 
-    before = jax.config.read("jax_platforms")
+    before = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax adds its options at run time
     try:
         if device is not None:
             jax.config.update("jax_platforms", device)

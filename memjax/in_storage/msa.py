@@ -77,7 +77,9 @@ class DocumentAttention(Memory):
             if getattr(self, field) < 1:
                 raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)}, needs at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{type(self).__name__}: kv_heads is {self.kv_heads}, needs a divisor of heads {self.heads}")
+            raise ValueError(
+                f"{type(self).__name__}: kv_heads is {self.kv_heads}, needs a divisor of {self.heads} heads"
+            )
         if self.rotary and self.head_dim % 2:
             raise ValueError(f"{type(self).__name__}: head_dim is {self.head_dim}, needs an even number to rotate")
 
@@ -224,7 +226,13 @@ class MSA(DocumentAttention):
         chunk = Slot((self.capacity, g, d), ("chunks", "kv_heads", None), self.store_dtype)
         table = Slot((self.documents,), ("documents",), jnp.int32)
         store = MSAStore(
-            chunk, chunk, chunk, Slot((self.capacity,), ("chunks",), jnp.int32, -1), table, table, Slot((3,), (None,), jnp.int32)
+            chunk,
+            chunk,
+            chunk,
+            Slot((self.capacity,), ("chunks",), jnp.int32, -1),
+            table,
+            table,
+            Slot((3,), (None,), jnp.int32),
         )
         read = Slot((batch, self.max_chunks, g, d), ("batch", None, "kv_heads", None), self.store_dtype)
         chosen = Slot((batch, self.max_chunks), ("batch", None), jnp.bool_)
@@ -290,13 +298,19 @@ class MSA(DocumentAttention):
         carried = state.ring.count > self.template
         asks = (position >= self.template) & ~(carried[:, None] & (segment == 0))
         asks = asks if valid is None else asks & valid
-        choice = self.choose(state.store, self.queries(params, x, position), asks, segment, questions=1 if start is None else t + 1)
+        choice = self.choose(
+            state.store, self.queries(params, x, position), asks, segment, questions=1 if start is None else t + 1
+        )
 
         # question 0 keeps the choice of an earlier call, if it made one
         first = lambda old, new: new.at[:, 0].set(jnp.where(layers.expand(carried, old), old, new[:, 0]))  # noqa: E731
         k, v, chosen, documents = (
             first(*pair)
-            for pair in zip((state.k, state.v, state.chosen, state.documents), (choice.k, choice.v, choice.chosen, choice.documents), strict=True)
+            for pair in zip(
+                (state.k, state.v, state.chosen, state.documents),
+                (choice.k, choice.v, choice.chosen, choice.documents),
+                strict=True,
+            )
         )
         y, ring = self.attend(params, state.ring, x, k, v, chosen, valid=valid, start=start)
 
@@ -338,7 +352,9 @@ class MSA(DocumentAttention):
         if self.head_reduce == "mean":
             s = jnp.einsum("btgd,cgd->btc", r, rk)
         else:
-            s = jnp.einsum("btgjd,cgd->btgjc", r.reshape(*r.shape[:2], self.kv_heads, -1, self.head_dim), rk).max((2, 3))
+            s = jnp.einsum("btgjd,cgd->btgjc", r.reshape(*r.shape[:2], self.kv_heads, -1, self.head_dim), rk).max(
+                (2, 3)
+            )
         index = jnp.where(asks, segment, questions)
         s = _reduce_queries(s, index, questions, self.query_reduce)  # [b S M]
         scores = _reduce_chunks(s, store.chunk_doc, store.doc_len.shape[0], self.chunk_reduce)  # [b S N]

@@ -392,7 +392,7 @@ def test_equal_routers_begin_equal():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kv_heads": 3}, "MSA: kv_heads is 3, needs a divisor of heads 4"),
+        ({"kv_heads": 3}, "MSA: kv_heads is 3, needs a divisor of 4 heads"),
         ({"kv_heads": 0}, "MSA: kv_heads is 0, needs at least 1"),
         ({"head_dim": 3}, "MSA: head_dim is 3, needs an even number to rotate"),
         ({"window": 0}, "MSA: window is 0, needs at least 1"),

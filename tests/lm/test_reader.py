@@ -12,9 +12,10 @@ from memjax.data import ByteTokenizer, TokenizedDocuments
 from memjax.errors import TokenizerError
 from memjax.in_context.canon import Canon
 from memjax.in_storage import bank as banks
-from memjax.in_storage.msa import MSA, DocumentAttention
+from memjax.in_storage.msa import MSA
 from memjax.in_weights.stem import STEM
 from memjax.lm import reader, reading
+from memjax.lm.generate import Sampling, generate
 from memjax.lm.model import LanguageModel
 from memjax.lm.reader import Routing
 from pallas_kernels.compat import QUICK_COMPILE
@@ -22,11 +23,10 @@ from pallas_kernels.compat import QUICK_COMPILE
 TOKENIZER = ByteTokenizer()
 ATTENTION = dict(dim=8, heads=2, kv_heads=1, head_dim=4, window=96, template=0, query_start=3, theta=100.0)
 ROUTER = MSA(**ATTENTION, pool=4, top_k=2, capacity=16, documents=6, max_chunks=6)
-# A leaf that reads ids, a layer below the routers, and routers of both kinds: alone and repeated.
+# A leaf that reads ids, and routers of both kinds: alone and repeated.
 BODY = Stack(
     (
         Residual(STEM(8, TOKENIZER.vocab_size, 8)),
-        Residual(DocumentAttention(**ATTENTION)),
         Residual(ROUTER),
         Repeat(Stack((Canon(8), Residual(ROUTER))), 2),
     )
@@ -38,6 +38,8 @@ LENGTHS = np.array([9, 4, 10, 1, 7], np.int32)  # 3, 1, 3, 1, 2 chunks
 IDS = np.random.default_rng(0).integers(7, TOKENIZER.vocab_size, (6, 10)).astype(np.int32)
 VALID = np.arange(10)[None] < np.append(LENGTHS, 0)[:, None]  # the last row is no document
 QUESTION, ASKED = IDS[::-1, :6][:2] % 200 + 7, np.array([[False, False, True, True, True, True], [True] * 6])
+
+apply = partial(jax.jit, compiler_options=QUICK_COMPILE)(MODEL.apply_with_aux)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def stored():
 def routers(tree):
     """The parts of a state or aux that belong to router layers, in their order."""
     body = tree["body"]
-    return [body["2"]["memory"], *(r["1"]["memory"] for r in body["3"])]
+    return [body["1"]["memory"], *(r["1"]["memory"] for r in body["2"])]
 
 
 def test_pooling_is_what_write_stores(pooled, stored):
@@ -75,7 +77,6 @@ def test_pooling_is_what_write_stores(pooled, stored):
 
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_asking_a_bank_is_asking_the_store(bank, stored, where):
-    apply = partial(jax.jit, compiler_options=QUICK_COMPILE)(MODEL.apply_with_aux)
     _, want, aux = apply(PARAMS, MODEL.restart(stored, 2), QUESTION, valid=ASKED)
     at = jax.device_put(bank) if where == "device" else bank
     wild = np.where(ASKED, QUESTION, -7).astype(np.int32)  # padding may hold anything
@@ -90,8 +91,8 @@ def test_asking_a_bank_is_asking_the_store(bank, stored, where):
                      is_leaf=lambda p: isinstance(p, tuple))  # fmt: skip
     assert len({tuple(r) for r in routing.documents[:, 0]}) > 1  # layers choose for themselves
     # what is read next sees the same memory
-    more = jnp.asarray(IDS[:2, :4])
-    then = [apply(PARAMS, s, more)[0] for s in (state, MODEL.restart(want, 2), want)]
+    more = jnp.asarray(IDS[:2, :6])
+    then = [apply(PARAMS, s, more, valid=jnp.ones((2, 6), bool))[0] for s in (state, MODEL.restart(want, 2), want)]
     np.testing.assert_allclose(then[0], then[2], rtol=1e-3, atol=1e-4)
     assert np.abs(then[1] - then[2]).max() > 1e-3
 
@@ -135,20 +136,21 @@ def test_answers(bank):
     read = lambda d: IDS[d, : LENGTHS[d]]  # noqa: E731
     got = reader.answer(MODEL, PARAMS, bank, TOKENIZER, questions, read, steps=3)
     assert got.tokens.shape == (2, 3) and got.routing.documents.shape == (3, 2, 2)
-    assert [len(p) for p in got.passages] == [2, 2]
-    # row 0 by hand: the question routes, the passages are read behind it, tokens are decoded
-    special = reading.special_ids(TOKENIZER)
-    first = reading.question(special, TOKENIZER.encode("who?"))
-    state, routing = reader.ask(MODEL, PARAMS, bank, jnp.asarray(first)[None], jnp.ones((1, len(first)), bool))
-    np.testing.assert_array_equal(routing.documents[:, 0], got.routing.documents[:, 0])
-    text = reading.reading(special, [read(d) for d, _ in got.passages[0]], TOKENIZER.encode("who?"))
-    assert text[0] == special["<document>"] and text[-1] == special["<answer>"]
-    want, apply = [], partial(jax.jit, compiler_options=QUICK_COMPILE)(MODEL.apply)
-    for n in range(3):
-        padded = np.append(text, [*want, 0, 0][:2]).astype(np.int32)[None]
-        logits, _ = apply(PARAMS, state, padded)
-        want.append(int(logits[0, len(text) - 1 + n].argmax()))
-    assert got.tokens[0].tolist() == want
+    # by hand: the questions route, the passages are read behind them, the answers are decoded
+    special, asked = reading.special_ids(TOKENIZER), [TOKENIZER.encode(q) for q in questions]
+    ids, valid = reading.pad_left([reading.question(special, q) for q in asked], 16)
+    state, routing = reader.ask(MODEL, PARAMS, bank, jnp.asarray(ids), jnp.asarray(valid))
+    np.testing.assert_array_equal(routing.documents, got.routing.documents)
+    assert got.passages == reader.agree(routing, 2)
+    texts = [
+        reading.reading(special, [read(d) for d, _ in reversed(p)], q) for p, q in zip(got.passages, asked, strict=True)
+    ]
+    for text, q, passages in zip(texts, questions, got.passages, strict=True):
+        assert TOKENIZER.decode(text).endswith(q) and text[0] == special["<document>"]
+        assert (text == special["<document>"]).sum() == len(passages) == 2
+    ids, valid = reading.pad_left(texts, -(-max(map(len, texts)) // 16) * 16)
+    want, _ = generate(MODEL, PARAMS, state, ids, valid=valid, steps=3, sampling=Sampling(stop=special["<end>"]))
+    np.testing.assert_array_equal(got.tokens, want)
     with pytest.raises(
         ValueError, match="answer: question, passages and answer are .* tokens, the model's window is 96"
     ):
