@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -154,7 +155,7 @@ class Repeat(Combinator):
         return tuple(self.block.state_specs(batch) for _ in range(self.n))
 
     def thread(self, call, params, state, x):
-        layer = lambda i: jax.tree.map(lambda a: a[i], params)  # noqa: E731
+        layer = lambda i: jax.tree.map(itemgetter(i), params)  # noqa: E731
         if call.unrolled:
             out = []
             for i in range(self.n):
@@ -169,7 +170,7 @@ class Repeat(Combinator):
 
         body = jax.checkpoint(body, prevent_cse=False) if call.remat else body
         x, out = lax.scan(body, x, (params, jax.tree.map(lambda *a: jnp.stack(a), *state)), length=self.n)
-        states, auxes = zip(*(jax.tree.map(lambda a: a[i], out) for i in range(self.n)), strict=True)
+        states, auxes = zip(*(jax.tree.map(itemgetter(i), out) for i in range(self.n)), strict=True)
         return x, states, auxes
 
 

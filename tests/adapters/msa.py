@@ -30,7 +30,8 @@ def build(cfg: dict, routing: dict, tokens: int, documents: int, window: int) ->
     )  # fmt: skip
     router = MSA(
         **common, pool=routing["pooling_size"], top_k=routing["top_k"],
-        capacity=tokens, documents=documents, max_chunks=tokens, router_norm=routing["router_l2norm"], router_scale=routing["router_scale"], head_reduce=routing["head_reduce"],
+        capacity=tokens, documents=documents, max_chunks=tokens,
+        router_norm=routing["router_l2norm"], router_scale=routing["router_scale"], head_reduce=routing["head_reduce"],
         query_reduce=routing["query_reduce"], chunk_reduce=routing["chunk_reduce"],
     )  # fmt: skip
     mixers = [router if i in cfg["router_layers"] else DocumentAttention(**common) for i in range(cfg["layers"])]
@@ -58,7 +59,7 @@ def parameters(arrays: Arrays, model: LanguageModel) -> dict:
 
 
 class Threaded:
-    """A `call` for `thread`: every attention layer reads documents, then asks, then goes on; records what runs through."""
+    """A `call` for `thread`: every attention layer reads documents, then asks, then goes on; it records."""
 
     unrolled, remat = True, False
 
