@@ -1,9 +1,9 @@
 """A small model reads a corpus once into a bank, then answers questions over a memory far longer than its training.
 
-    python -m experiments.needle_bank                     train, build, ask; a table, a record and a picture
-    python -m experiments.needle_bank --quick             the same path in a minute or two, to see that it works
-    python -m experiments.needle_bank --seeds 0 1 2       the committed record
-    python -m experiments.needle_bank --folder DIR        with the text of a folder of yours in the corpus
+    python -m experiments.needle_bank                           train, build, ask; a table, a record and a picture
+    python -m experiments.needle_bank --quick                   the same path in a minute or two, to see that it works
+    python -m experiments.needle_bank --seeds 0 1 2 --record    the committed record
+    python -m experiments.needle_bank --folder DIR              with the text of a folder of yours in the corpus
 
 The corpus is text that is on every machine with Python, cut into documents of 64 tokens. Needles (sentences of the
 RULER kind, words held out from training) are planted in the first 16K tokens; the same questions are asked while the
@@ -63,6 +63,8 @@ class Config:
     """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
     output: Path = Path("build/demo")
     """Folder for checkpoints (a run that was interrupted goes on from them), model, bank, record and picture."""
+    record: bool = False
+    """Put the record into experiments/records, from which the README's figures are drawn, instead of the output."""
     quick: bool = False
     """A few steps and a small bank: shows that everything runs, not how well."""
 
@@ -402,7 +404,7 @@ def main(config: Config) -> dict[str, Any]:
     print(f"reading the corpus for {count:,} documents of {config.document_tokens} tokens", flush=True)
     corpus, model = read_corpus(config, count), build_model(config)
     print(f"{len(corpus.documents):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
-    paths = ("folder", "output")  # a record speaks of the run, not of one machine's folders
+    paths = ("folder", "output", "record")  # a record speaks of the run, not of one machine's folders
     body: dict[str, Any] = {
         "config": {name: value for name, value in asdict(config).items() if name not in paths},
         "trained_on": config.pool_documents * config.document_tokens,
@@ -428,7 +430,7 @@ def main(config: Config) -> dict[str, Any]:
         return body
     from memjax import plots
 
-    path = record.write("needle_bank", body, config.output)
+    path = record.write("needle_bank", body, record.FOLDER if config.record else config.output)
     plots.plot_needle_bank(path, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
     print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} 'The special magic number for ... is'")

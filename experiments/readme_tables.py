@@ -19,7 +19,7 @@ from memjax.catalog import CATALOG, PLACES
 
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", FOLDER / "needle_bank.png"
-COMMAND = "python -m experiments.needle_bank --seeds 0 1 2"
+COMMAND = "python -m experiments.needle_bank --seeds 0 1 2 --record"
 GROWS = {"in_state": "no", "in_context": "up to its window", "in_storage": "with each document", "in_weights": "no"}
 
 
