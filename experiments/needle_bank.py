@@ -99,19 +99,21 @@ def build_model(config: Config):
 @dataclass(frozen=True)
 class Corpus:
     tokenizer: Any
-    documents: np.ndarray  # int32 [n, document_tokens], every one full and distinct
+    documents: Any  # memjax.data.TokenizedDocuments, every one full and distinct, in random order
     train_words: list[str]
     held_out: list[str]
     special: dict[str, int]
-    training: np.ndarray  # documents the model is trained on: not those of the bank, where the corpus has enough
+    training: np.ndarray  # ids the model is trained on: not those of the bank, where the corpus has enough
 
-    def first(self, count: int):
-        """The first documents, as a bank is built of them."""
-        from memjax.data import TokenizedDocuments
+    def first(self, count: int, planted: np.ndarray | None = None):
+        """The first documents, the very first of them in the place of `planted` [n, document_tokens]."""
+        ids = self.documents.ids[:count].copy()
+        if planted is not None:
+            ids[: len(planted)] = planted
+        return self.documents._replace(ids=ids, **{name: getattr(self.documents, name)[:count] for name in TABLE})
 
-        ids = self.documents[:count]
-        full, number = np.full(len(ids), ids.shape[1], np.int32), np.arange(len(ids), dtype=np.int32)
-        return TokenizedDocuments(ids, full, np.zeros_like(number), number + 1, number + 1, ("corpus",))
+
+TABLE = ("lengths", "path_index", "first_line", "last_line")
 
 
 def read_corpus(config: Config, count: int) -> Corpus:
@@ -124,19 +126,23 @@ def read_corpus(config: Config, count: int) -> Corpus:
 
     files = [f for folder in config.folder for f in data.read_folder(folder)[0]] + data.standard_library()
     tokenizer = data.train_bpe([f.text for f in files], vocab_size=config.vocab)
-    documents = data.cut(files, tokenizer, config.document_tokens, align="tokens").ids
-    if len(documents) < count:  # Python's own text ends a little below 4M tokens
+    documents = data.cut(files, tokenizer, config.document_tokens, align="tokens")
+    if len(documents.ids) < count:  # Python's own text ends a little below 4M tokens
         files += data.read_folder(Path(jax.__file__).parent, extensions=(".py",))[0]
-        documents = data.cut(files, tokenizer, config.document_tokens, align="tokens").ids
-    if len(documents) < count:
-        raise SystemExit(
-            f"--tokens {config.tokens} needs {count} documents, the corpus has {len(documents)}: name a --folder"
-        )
-    documents = documents[np.random.default_rng(7).permutation(len(documents))]
-    rest = documents[count:]
+        documents = data.cut(files, tokenizer, config.document_tokens, align="tokens")
+    if (has := len(documents.ids)) < count:
+        raise SystemExit(f"--tokens {config.tokens} needs {count} documents, the corpus has {has}: name a --folder")
+    order = np.random.default_rng(7).permutation(has)
+    documents = documents._replace(**{name: getattr(documents, name)[order] for name in ("ids", *TABLE)})
+    rest = documents.ids[count:]
     train, held_out = needle.split_words(needle.common_words(f.text for f in files), 600)
     return Corpus(
-        tokenizer, documents, train, held_out, reading.special_ids(tokenizer), rest if len(rest) >= 4096 else documents
+        tokenizer,
+        documents,
+        train,
+        held_out,
+        reading.special_ids(tokenizer),
+        rest if len(rest) >= 4096 else documents.ids,
     )
 
 
@@ -212,8 +218,8 @@ def train(config: Config, corpus: Corpus, model, seed: int, home: Path):
     ).params
 
 
-def build(config: Config, corpus: Corpus, model, params, model_hash: str, path: Path) -> dict[str, Any]:
-    """Write the bank of the first documents of the corpus to `path`; documents, bytes and tokens per second."""
+def build(config: Config, corpus: Corpus, model, params, model_hash: str, planted, path: Path) -> dict[str, Any]:
+    """Write the bank of the first documents to `path`, needles planted; its size and the tokens read per second."""
     from memjax import to_config
     from memjax.in_storage.bank_files import BankWriter
     from memjax.lm import reader
@@ -225,13 +231,14 @@ def build(config: Config, corpus: Corpus, model, params, model_hash: str, path: 
         "layers": len(router), "kv_heads": router[0].kv_heads, "head_dim": router[0].head_dim, "vocab": config.vocab,
         "model_hash": model_hash, "model_config": to_config(model), "tokenizer_hash": corpus.tokenizer.hash,
     }  # fmt: skip
+    documents = corpus.first(count, planted)
     next(reader.pool_blocks(model, params, corpus.first(1), BLOCK))  # compile
     began = time.perf_counter()
     with (
         BankWriter(path, overwrite=True, **kept) as writer,
         Progress(count * config.document_tokens, "bank", unit="token") as bar,
     ):
-        for block in reader.pool_blocks(model, params, corpus.first(count), BLOCK):
+        for block in reader.pool_blocks(model, params, documents, BLOCK):
             writer.append(block)
             bar.update(len(block.doc_len) * config.document_tokens)
     seconds = time.perf_counter() - began
@@ -249,7 +256,7 @@ def questions(config: Config, corpus: Corpus) -> list[tuple[np.ndarray, list, np
     """For each draw: the first 16K tokens with needles planted, the needles, and the document of each."""
     from memjax.tasks import needle
 
-    prefix = corpus.documents[: PREFIX // config.document_tokens]
+    prefix = corpus.first(PREFIX // config.document_tokens).ids
     out = []
     for draw in range(config.draws):
         rng = np.random.default_rng([draw, 1])
@@ -261,7 +268,7 @@ def questions(config: Config, corpus: Corpus) -> list[tuple[np.ndarray, list, np
     return out
 
 
-def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[str, Any]]:
+def ask(config: Config, corpus: Corpus, model, params, planted, path: Path) -> list[dict[str, Any]]:
     """Put the same questions to every prefix of the bank."""
     import jax
     import jax.numpy as jnp
@@ -272,7 +279,6 @@ def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[
 
     whole, rows = open_bank(path, location="device").bank, []
     chunks = config.document_tokens // config.pool
-    planted = questions(config, corpus)
     for size in sizes(config):
         n = size // config.document_tokens
         cut = {name: getattr(whole, name)[:, : n * chunks] for name in ("rk", "k", "v")}
@@ -281,8 +287,8 @@ def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[
         )
         found, right, seconds = [], [], []
         for documents, asked, gold in planted:
-            texts = replace(corpus, documents=np.concatenate([documents, corpus.documents[len(documents) : n]]))
-            blocks = list(reader.pool_blocks(model, params, texts.first(len(documents)), BLOCK))
+            texts = corpus.first(n, documents)
+            blocks = list(reader.pool_blocks(model, params, corpus.first(len(documents), documents), BLOCK))
             new = {name: np.concatenate([getattr(b, name) for b in blocks], 1) for name in ("rk", "k", "v")}
             bank = bank._replace(
                 **{name: getattr(bank, name).at[:, : a.shape[1]].set(jnp.asarray(a)) for name, a in new.items()}
@@ -293,7 +299,7 @@ def ask(config: Config, corpus: Corpus, model, params, path: Path) -> list[dict[
                     began = time.perf_counter()
                     got = reader.answer(
                         model, params, bank, corpus.tokenizer, [one.question for one in batch],
-                        texts.documents.__getitem__, steps=PADDED_ANSWER, question_width=PADDED_QUESTION,
+                        texts.ids.__getitem__, steps=PADDED_ANSWER, question_width=PADDED_QUESTION,
                         reading_width=2 * (config.document_tokens + 1) + PADDED_QUESTION,
                     )  # fmt: skip
                     if timed:
@@ -340,7 +346,7 @@ def table(body: dict[str, Any]) -> None:
     runs = body["runs"]
     seeds = f"{len(runs)} training seed{'s' * (len(runs) > 1)}"
     out = Table(title=f"needles in a growing memory, {seeds}", title_justify="left")
-    for name in ("tokens", "documents", "recall@4", "answers", "drop", "95 %", "ms/question"):
+    for name in ("tokens", "documents", "recall@4", "answers", "drop % (95 %)", "ms each"):
         out.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(runs[0]["sizes"]):
         same = [run["sizes"][i] for run in runs]
@@ -352,8 +358,7 @@ def table(body: dict[str, Any]) -> None:
             f"{row['documents']:,}",
             " ".join(f"{r:.3f}" for r in recall),
             f"{np.mean([r['accuracy'] for r in same]):.3f}",
-            f"{np.mean(drops):+.1%}" if drops else "",
-            f"{min(low):+.1%} {max(high):+.1%}" if drops else "",
+            f"{100 * np.mean(drops):+.1f} ({100 * min(low):+.1f} to {100 * max(high):+.1f})" if drops else "",
             f"{1e3 * statistics.median(r['seconds_per_question'] for r in same):.1f}",
         )
     rate = statistics.median(run["bank"]["tokens_per_second"] for run in runs)
@@ -361,7 +366,7 @@ def table(body: dict[str, Any]) -> None:
     console = Console()
     console.print(out)
     console.print(
-        f"recall@4 is given for each router layer; the drop is relative to the first row, paired over questions\n"
+        "recall@4: for each router layer; drop: relative to the first row, paired over questions; ms: a question\n"
         f"trained {seconds:.0f} s with {body['trained_on']:,} tokens of memory; "
         f"bank: {runs[0]['bank']['bytes_per_token']:.1f} bytes a token, built at {rate:,.0f} tokens/s"
     )
@@ -403,7 +408,8 @@ def main(config: Config) -> dict[str, Any]:
     count = parse_tokens(config.tokens) // config.document_tokens
     print(f"reading the corpus for {count:,} documents of {config.document_tokens} tokens", flush=True)
     corpus, model = read_corpus(config, count), build_model(config)
-    print(f"{len(corpus.documents):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
+    planted = questions(config, corpus)
+    print(f"{len(corpus.documents.ids):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
     paths = ("folder", "output", "record")  # a record speaks of the run, not of one machine's folders
     body: dict[str, Any] = {
         "config": {name: value for name, value in asdict(config).items() if name not in paths},
@@ -417,8 +423,8 @@ def main(config: Config) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         settings = ReadingSettings(config.document_tokens, passages=2, answer_tokens=PADDED_ANSWER)
         model_hash = save_model(home / "model", model, params, corpus.tokenizer, reading=settings, overwrite=True)
-        bank = build(config, corpus, model, params, model_hash, home / "bank")
-        rows = ask(config, corpus, model, params, home / "bank")
+        bank = build(config, corpus, model, params, model_hash, planted[0][0], home / "bank")
+        rows = ask(config, corpus, model, params, planted, home / "bank")
         relative_drop(rows)
         metrics = [json.loads(line) for line in (home / "phase-0" / "metrics.jsonl").read_text().splitlines()]
         body["runs"].append({"seed": seed, "train_seconds": seconds, "bank": bank, "sizes": rows, "metrics": metrics})
@@ -433,7 +439,7 @@ def main(config: Config) -> dict[str, Any]:
     path = record.write("needle_bank", body, record.FOLDER if config.record else config.output)
     plots.plot_needle_bank(path, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
-    print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} 'The special magic number for ... is'")
+    print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} '{planted[0][1][0].question}'")
     return body
 
 

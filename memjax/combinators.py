@@ -23,8 +23,11 @@ from memjax.memory import How, Memory, Param, constant, dense
 class Call(Protocol):
     """What `thread` gets: runs one verb of a part. unrolled: layers may not be stacked under a scan."""
 
-    unrolled: bool
-    remat: bool
+    @property
+    def unrolled(self) -> bool: ...
+
+    @property
+    def remat(self) -> bool: ...
 
     def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]: ...
 
@@ -58,13 +61,15 @@ class Combinator(Memory):
         """Run x through the parts by `call(memory, params, state, x) -> (y, state, aux)`."""
         raise NotImplementedError
 
-    def apply_with_aux(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def apply_with_aux(
+        self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()
+    ) -> tuple[Any, Any, Any]:
         return self.thread(Verb("apply_with_aux", {"ids": ids, "valid": valid, "start": start}, how), params, state, x)
 
-    def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         return self.thread(Verb("step", {"ids": ids, "valid": valid, "start": start}, how), params, state, x)[:2]
 
-    def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         return self.thread(Verb("write", {"ids": ids, "valid": valid, "start": start}, how), params, state, x)[:2]
 
     @property
@@ -165,7 +170,7 @@ class Repeat(Combinator):
             return x, states, auxes
 
         def body(x, now):
-            x, s, aux = call(self.block, *now, x)
+            x, s, aux = call(self.block, now[0], now[1], x)
             return x, (s, aux)
 
         body = jax.checkpoint(body, prevent_cse=False) if call.remat else body

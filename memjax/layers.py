@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from memjax.memory import Slot
+from memjax.memory import Slot, specs
 from pallas_kernels.scan import scan_tokens as scan_tokens
 from pallas_kernels.short_conv import short_conv as short_conv
 from pallas_kernels.short_conv import taps as taps
@@ -85,7 +85,7 @@ def mask(valid: Bool[Array, "b t"] | None, *arrays: Array) -> Any:
     """Zero the invalid rows: k = v = beta = log_decay = 0 is an exact no-op of every linear recurrence."""
     if valid is not None:
         arrays = tuple(jnp.where(expand(valid, a), a, jnp.zeros((), a.dtype)) for a in arrays)
-    return arrays if len(arrays) > 1 else arrays[0]
+    return arrays[0] if len(arrays) == 1 else arrays
 
 
 def segments(start: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b t"]:
@@ -129,10 +129,10 @@ class Ring(NamedTuple):
     count: Int[Array, " b"]  # valid tokens since the document began
 
     @staticmethod
-    def specs(batch: int, capacity: int, h: int, d: int, dtype: Any = jnp.float32) -> Ring:
+    def specs(batch: int, capacity: int, h: int, d: int, dtype: Any = jnp.float32) -> Any:
         """The declaration of a ring, for `state_specs`."""
         rows = Slot((batch, capacity, h, d), ("batch", None, "kv_heads", None), dtype)
-        return Ring(rows, rows, Slot((batch,), ("batch",), jnp.int32))  # type: ignore[arg-type]
+        return specs(Ring, k=rows, v=rows, count=Slot((batch,), ("batch",), jnp.int32))
 
 
 def ring_append(

@@ -68,6 +68,11 @@ class NoState(NamedTuple):
     """The state of a memory that keeps nothing between tokens."""
 
 
+def specs(state: Callable[..., Any], **slots: Any) -> Any:
+    """The declaration of a state: its NamedTuple, with a `Slot` (or the declaration of a part) where arrays will be."""
+    return state(**slots)
+
+
 def normal(std: float) -> Initializer:
     """Independent normal numbers of standard deviation `std`."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
@@ -139,23 +144,25 @@ class Memory:
         """NamedTuple (leaves), dict or tuple (combinators) of `Slot`."""
         return NoState()
 
-    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """A sequence of any length t >= 1: x [b, t, dim] -> y [b, t, dim] and the new state."""
         return self.apply_with_aux(params, state, x, ids=ids, valid=valid, start=start, how=how)[:2]
 
-    def apply_with_aux(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def apply_with_aux(
+        self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()
+    ) -> tuple[Any, Any, Any]:
         """As `apply`, with a nested dict of auxiliary losses and diagnostics as third value."""
         return *self.apply(params, state, x, ids=ids, valid=valid, start=start, how=how), {}
 
     # what follows --------------------------------------------------------------------------------
 
-    def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """One token of decoding: x [b, dim] -> y [b, dim] and the new state."""
         ids, valid, start = (None if a is None else a[:, None] for a in (ids, valid, start))
         y, state = self.apply(params, state, x[:, None], ids=ids, valid=valid, start=start, how=how)
         return y[:, 0], state
 
-    def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """Documents into the store; each row of the call begins one. Without a store: read from empty, forgotten."""
         y, _ = self.apply(params, self.init_state(x.shape[0]), x, ids=ids, valid=valid, start=start, how=how)
         return y, state
@@ -231,7 +238,8 @@ def _checked(verb):
     @functools.wraps(verb)
     def wrapped(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         name = f"{type(self).__name__}.{verb.__name__}"
-        x, ids, valid, start = (None if a is None else jnp.asarray(a) for a in (x, ids, valid, start))
+        x = jnp.asarray(x)
+        ids, valid, start = (None if a is None else jnp.asarray(a) for a in (ids, valid, start))
         axes = ("b",) if verb.__name__ == "step" else ("b", "t")
         _check_x(self, name, x, axes)
         rows = x.shape[: len(axes)]

@@ -159,38 +159,15 @@ class Bank:
 
 def answer(loaded: Any, opened: Any, question: str, count: int) -> tuple[Any, list[tuple[int, float]]]:
     """The pieces of an answer as they are decoded, and the passages it is read from, (document, score), best first."""
-    import jax.numpy as jnp
+    from memjax.lm.generate import stream
+    from memjax.lm.reader import prepare
 
-    from memjax.lm import reader, reading
-    from memjax.lm.generate import Sampling, stream
-
-    special = reading.special_ids(loaded.tokenizer)
-    asked, steps = loaded.tokenizer.encode(question), loaded.reading.answer_tokens
-    if not len(asked):
-        raise ConfigError("question: is empty")
-    routed = reading.question(special, asked)
-    window = min(m.window for m in reader.router_layers(loaded.model))
-    if len(routed) > window:
-        raise ConfigError(f"question: has {len(routed)} tokens, the model's window is {window}")
-    ids = jnp.asarray(routed[None])
-    state, routing = reader.ask(loaded.model, loaded.params, opened.bank, ids, jnp.ones(ids.shape, jnp.bool_))
-    passages = reader.agree(routing, count)[0]
-    text = reading.reading(special, [opened.token_ids(d) for d, _ in passages], asked)
-    if (needed := len(routed) + len(text) + steps) > window:
-        raise ConfigError(
-            f"question, {len(passages)} passages and answer are {needed} tokens, the model's window is {window}; "
-            "ask for fewer --passages, or a shorter question"
-        )
+    model, params, steps = loaded.model, loaded.params, loaded.reading.answer_tokens
+    got = prepare(model, params, opened.bank, loaded.tokenizer, [question], opened.token_ids, read=count, steps=steps)
     pieces = stream(
-        loaded.model,
-        loaded.params,
-        state,
-        jnp.asarray(text[None]),
-        steps=steps,
-        block=BLOCK,
-        sampling=Sampling(stop=special["<end>"]),
+        model, params, got.state, got.prompt, steps=steps, block=BLOCK, valid=got.valid, sampling=got.sampling
     )
-    return pieces, passages
+    return pieces, got.passages[0]
 
 
 def excerpt(text: str, question: str, width: int = SHOWN) -> Text:

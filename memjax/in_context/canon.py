@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 from jaxtyping import Array, Float
 
 from memjax.layers import short_conv
-from memjax.memory import How, Memory, Param, Slot, normal
+from memjax.memory import How, Memory, Param, Slot, normal, specs
 from pallas_kernels.short_conv import IMPLEMENTATIONS
 
 
@@ -40,7 +40,7 @@ class Canon(Memory):
         return {"w": Param((self.width, self.dim), (None, "model"), normal(self.init_std), "vector")}
 
     def state_specs(self, batch):
-        return CanonState(Slot((batch, self.width - 1, self.dim), ("batch", None, "model")))
+        return specs(CanonState, conv=Slot((batch, self.width - 1, self.dim), ("batch", None, "model")))
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         y, conv = short_conv(x, params["w"], state.conv, valid=valid, start=start, implementation=how.implementation)

@@ -24,7 +24,7 @@ from jax import Array
 from jaxtyping import Float
 
 from memjax.layers import gate, heads, l2_norm, linear, mask, merge, rms_norm, row, short_conv
-from memjax.memory import How, Memory, Param, Slot, constant, dense, normal
+from memjax.memory import How, Memory, Param, Slot, constant, dense, normal, specs
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -104,7 +104,7 @@ class GatedDeltaNet(Memory):
     def state_specs(self, batch):
         S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
         conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return GatedDeltaNetState(S, conv)  # type: ignore[arg-type]
+        return specs(GatedDeltaNetState, S=S, conv=conv)
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         # q, k, v = silu(conv(x W)), then q and k of length 1

@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 
 from memjax.layers import gate, heads, linear, mask, merge, rms_norm, short_conv
-from memjax.memory import How, Memory, Param, Slot, constant, dense, normal
+from memjax.memory import How, Memory, Param, Slot, constant, dense, normal, specs
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -123,9 +123,9 @@ class GatedLinearAttention(Memory):
     def state_specs(self, batch):
         S = Slot((batch, self.heads, self.k, self.v), ("batch", "heads", "key", "value"))
         if not self.use_short_conv:
-            return GatedLinearAttentionState(S)  # type: ignore[arg-type]
+            return specs(GatedLinearAttentionState, S=S)
         conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return GatedLinearAttentionState(S, conv)  # type: ignore[arg-type]
+        return specs(GatedLinearAttentionState, S=S, conv=conv)
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         # q, k, v = x W, without an activation, or silu(conv(x W))

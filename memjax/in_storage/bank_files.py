@@ -8,6 +8,7 @@ A segment is written once and never changed; `append_documents` adds one. Only t
 and it is replaced last and atomically: an interruption leaves the old bank or the new one. Arrays are opened with the
 metadata the manifest implies, never the file's own, and missing chunks are errors: by default zarr3 reads a flipped bit
 as a number and a lost file as zeros. The checksums find damage; they are no signature against an author of forgeries.
+What the manifest and the tables have to look like stands in `bank_manifest`.
 
 Token ids are kept beside the vectors, so that the text of a document can be shown without its source file. Whatever is
 wrong with the files is a BankError of one line that names file and field.
@@ -19,16 +20,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
-import re
 import secrets
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -36,37 +35,26 @@ import tensorstore as ts
 from jaxtyping import Int, Shaped
 
 from memjax.errors import BankError
-from memjax.in_storage.bank import TILE, Bank
+from memjax.in_storage.bank import Bank
+from memjax.in_storage.bank_manifest import (
+    FORMAT,
+    SHARD,
+    VERSION,
+    check_manifest,
+    check_owner,
+    is_inside,
+    plain_json,
+    read_manifest,
+    read_table,
+    seal,
+    storage_errors,
+    sync_directory,
+    write_file,
+    write_manifest,
+)
 
-FORMAT, VERSION = "memjax-bank", 1
-# Chunks per file (a tile of routing) and per checksummed inner chunk: routing reads whole tiles, reading a few chunks.
-SHARD = {"rk": TILE, "k": TILE, "v": TILE, "ids": 1 << 20}
-INNER = {"rk": 1024, "k": 32, "v": 32, "ids": 4096}
+INNER = {"rk": 1024, "k": 32, "v": 32, "ids": 4096}  # chunks (of ids: tokens) per crc32c: reading takes a few of them
 CACHE_BYTES = 64 << 20  # of shard indexes and inner chunks, over all arrays of a bank
-LARGEST = 2**31 - 1  # chunks and documents are int32 in a Bank
-MANIFEST = {
-    "format": {FORMAT},
-    "version": range(VERSION, VERSION + 1),
-    "id": str,
-    "model": {"hash": str, "config": object},
-    "tokenizer": {"hash": str},
-    "layers": range(1, 1 << 16),
-    "kv_heads": range(1, 1 << 16),
-    "head_dim": range(1, 1 << 16),
-    "dtype": {"bfloat16", "float32"},
-    "vocab": range(1, LARGEST),
-    "segments": [
-        {
-            "name": re.compile("segment-[0-9a-f]{16}"),
-            "documents": range(1, LARGEST),
-            "chunks": range(1, LARGEST),
-            "tokens": range(1, 1 << 62),
-            "table_sha256": re.compile("[0-9a-f]{64}"),
-        }
-    ],
-    "deleted": [range(LARGEST)],
-    "checksum": str,
-}
 
 
 class Block(NamedTuple):
@@ -75,11 +63,11 @@ class Block(NamedTuple):
     rk: Shaped[Any, "n m h d"]  # routing keys, keys and values, in document order
     k: Shaped[Any, "n m h d"]
     v: Shaped[Any, "n m h d"]
-    doc_len: Sequence[int]  # [p], chunks of each document, at least one
+    doc_len: Sequence[int] | np.ndarray  # [p], chunks of each document, at least one
     ids: Sequence[Int[Any, " t"]]  # p arrays, the token ids of each document
     path: Sequence[str]  # p source files, relative to the corpus
-    first_line: Sequence[int]  # [p], counted from 1
-    last_line: Sequence[int]
+    first_line: Sequence[int] | np.ndarray  # [p], counted from 1
+    last_line: Sequence[int] | np.ndarray
 
 
 class Documents(NamedTuple):
@@ -127,7 +115,7 @@ class DiskArray:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        with _one_line(self._name):
+        with storage_errors(self._name):
             return self._store[index].read().result()
 
     def __repr__(self) -> str:
@@ -178,7 +166,7 @@ class BankWriter:
             "format": FORMAT,
             "version": VERSION,
             "id": uuid.uuid4().hex,
-            "model": {"hash": model_hash, "config": _plain(model_config)},
+            "model": {"hash": model_hash, "config": plain_json(model_config)},
             "tokenizer": {"hash": tokenizer_hash},
             "layers": layers,
             "kv_heads": kv_heads,
@@ -188,7 +176,7 @@ class BankWriter:
             "segments": [],
             "deleted": [],
         }
-        _check_manifest(str(self.path), _sealed(self._manifest))
+        check_manifest(str(self.path), seal(self._manifest))
         self._partial.mkdir(parents=True)
         self._segment = _Segment(self._partial, self._manifest)
 
@@ -199,7 +187,7 @@ class BankWriter:
     def finish(self) -> None:
         """Everything to disk, the manifest last, then the name. Nothing may be appended afterwards."""
         self._manifest["segments"].append(self._segment.finish())
-        _write_manifest(self._partial, self._manifest)
+        write_manifest(self._partial, self._manifest)
         self._check_target()
         old = self.path.with_name(f"{self.path.name}.old-{secrets.token_hex(8)}")
         if replaces := self.path.exists():
@@ -210,7 +198,7 @@ class BankWriter:
             if replaces:
                 old.rename(self.path)
             raise
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
         if replaces:
             shutil.rmtree(old)
 
@@ -271,7 +259,7 @@ class _Segment:
                 raise BankError(
                     f"block: document {i} has ids {a.min()}..{a.max()}, needs 0..{self._manifest['vocab'] - 1}"
                 )
-            if not _inside(path):
+            if not is_inside(path):
                 raise BankError(f"block: path of document {i} is {path!r}, needs a path below the corpus")
         rows = {name: np.asarray(getattr(block, name)) for name in ("rk", "k", "v")}
         for name, a in rows.items():
@@ -304,9 +292,9 @@ class _Segment:
             p.relative_to(self.path).as_posix(): p.stat().st_size for p in sorted(self.path.rglob("*")) if p.is_file()
         }
         table = json.dumps({"files": list(self._files), **self._table, "sizes": sizes}, separators=(",", ":")).encode()
-        _write(self.path / "table.json", table)
+        write_file(self.path / "table.json", table)
         for directory in (self.path, *(p for p in self.path.rglob("*") if p.is_dir())):
-            _sync_directory(directory)
+            sync_directory(directory)
         return {
             "name": self.name,
             "documents": len(self._table["file"]),
@@ -369,8 +357,8 @@ def open_bank(
     if location not in ("disk", "host", "device"):
         raise ValueError(f"open_bank: location is {location!r}, needs 'disk', 'host' or 'device'")
     path = Path(path)
-    manifest = _read_manifest(path)
-    _check_owner(path, manifest, model_hash, tokenizer_hash)
+    manifest = read_manifest(path)
+    check_owner(path, manifest, model_hash, tokenizer_hash)
     documents = _read_tables(path, manifest)
     start = np.cumsum(documents.chunks) - documents.chunks
     chunk_doc = np.repeat(np.arange(len(start), dtype=np.int32), documents.chunks)
@@ -387,75 +375,12 @@ def open_bank(
     return OpenBank(jax.device_put(bank) if location == "device" else bank, manifest, documents, path, ids)
 
 
-def _check_owner(path: Path, manifest: dict, model_hash: str | None, tokenizer_hash: str | None) -> None:
-    for field, hash_ in (("model", model_hash), ("tokenizer", tokenizer_hash)):
-        if hash_ is not None and manifest[field]["hash"] != hash_:
-            raise BankError(
-                f"{path / 'manifest.json'}: field '{field}.hash' is {manifest[field]['hash']!r}, needs {hash_!r}"
-            )
-
-
 def _read_tables(path: Path, manifest: dict) -> Documents:
-    parts = [_read_table(path / s["name"], manifest, s) for s in manifest["segments"]]
+    parts = [read_table(path / s["name"], manifest, s) for s in manifest["segments"]]
     column = {c: np.concatenate([t[c] for t in parts]) for c in ("first_line", "last_line", "tokens", "chunks")}
     return Documents(
         path=[p for t in parts for p in t["path"]], sha256=[s for t in parts for s in t["sha256"]], **column
     )
-
-
-def _read_table(segment: Path, manifest: dict, entry: dict) -> dict:
-    """One table, its columns as arrays, after the checks: checksum, types, counts, and the sizes of the files."""
-    file = segment / "table.json"
-    with _one_line(str(file)):
-        data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != entry["table_sha256"]:
-        raise BankError(f"{file}: its checksum is not 'table_sha256' of the manifest")
-    try:
-        table = json.loads(data)
-        columns = {
-            c: table[c] for c in ("files", "file", "first_line", "last_line", "tokens", "chunks", "sha256", "sizes")
-        }
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BankError(f"{file}: not a table of documents: {_short(error)}") from None
-    n = entry["documents"]
-    for name in ("file", "first_line", "last_line", "tokens", "chunks"):
-        try:
-            column = np.array(columns[name])
-        except (ValueError, OverflowError):
-            column = np.empty(())
-        if column.shape != (n,) or column.dtype != np.int64 or column.min() < 0:
-            raise BankError(f"{file}: field {name!r} needs {n} counts")
-        columns[name] = column
-    for name in ("tokens", "chunks"):
-        if sum(columns[name].tolist()) != entry[name] or columns[name].min() < 1:
-            raise BankError(f"{file}: field {name!r} does not sum to {entry[name]}")
-    files, sha256, sizes = (columns[c] for c in ("files", "sha256", "sizes"))
-    if not (isinstance(files, list) and all(map(_inside, files)) and columns["file"].max() < len(files)):
-        raise BankError(f"{file}: field 'files' needs a path below the corpus for every number in 'file'")
-    if not (isinstance(sha256, list) and len(sha256) == n and all(isinstance(s, str) for s in sha256)):
-        raise BankError(f"{file}: field 'sha256' needs {n} strings")
-    shards = _shards(manifest, entry)
-    total = sum(math.prod(grid) + 1 for grid in shards.values())
-    if not (isinstance(sizes, dict) and len(sizes) == total):
-        raise BankError(f"{file}: field 'sizes' needs the {total} files of {n} documents")
-    names = [f"{name}/zarr.json" for name in shards]
-    names += ["/".join([name, "c", *map(str, at)]) for name, grid in shards.items() for at in np.ndindex(*grid)]
-    for name in names:
-        if (size := sizes.get(name)) is None:
-            raise BankError(f"{file}: field 'sizes' has no {name!r}")
-        try:
-            found = os.stat(segment / name).st_size
-        except (OSError, ValueError):
-            raise BankError(f"{segment / name}: missing") from None
-        if found != size:
-            raise BankError(f"{segment / name}: {found} bytes, needs {size}")
-    return {**columns, "path": [files[i] for i in columns["file"]]}
-
-
-def _shards(manifest: dict, entry: dict) -> dict[str, tuple[int, ...]]:
-    """How many files each array of a segment has, along each of its axes."""
-    per_row = (manifest["layers"], -(-entry["chunks"] // TILE), 1, 1)
-    return {name: (-(-entry["tokens"] // SHARD["ids"]),) if name == "ids" else per_row for name in SHARD}
 
 
 def _open_arrays(path: Path, manifest: dict, cache_bytes: int) -> dict[str, DiskArray]:
@@ -464,7 +389,7 @@ def _open_arrays(path: Path, manifest: dict, cache_bytes: int) -> dict[str, Disk
     for name in SHARD:
         size, axis = ("tokens", 0) if name == "ids" else ("chunks", 1)
         specs = [_spec(path / s["name"] / name, name, manifest, s[size]) for s in manifest["segments"]]
-        with _one_line(str(path)):
+        with storage_errors(str(path)):
             stores = [ts.open(s, read=True, open=True, assume_metadata=True, context=context).result() for s in specs]
             store = stores[0] if len(stores) == 1 else ts.concat(stores, axis=axis)
         arrays[name] = DiskArray(store, str(path))
@@ -516,13 +441,13 @@ def append_documents(
     """More documents, numbered after the last, as one new segment. An exception leaves the bank as it was."""
     path = Path(path)
     with _changing(path) as manifest:
-        _check_owner(path, manifest, model_hash, tokenizer_hash)
+        check_owner(path, manifest, model_hash, tokenizer_hash)
         segment = _Segment(path, manifest)
         try:
             for block in blocks:
                 segment.append(block)
             manifest["segments"].append(segment.finish())
-            _check_manifest(str(path), _sealed(manifest))
+            check_manifest(str(path), seal(manifest))
         except BaseException:
             shutil.rmtree(segment.path, ignore_errors=True)
             raise
@@ -540,157 +465,12 @@ def _changing(path: Path) -> Iterator[dict]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except OSError:
             raise BankError(f"{path}: another process is changing this bank") from None
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         yield manifest
-        _write_manifest(path, manifest)
+        write_manifest(path, manifest)
     finally:
         os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------- the manifest
-
-
-def _read_manifest(path: Path) -> dict:
-    file = path / "manifest.json"
-    with _one_line(str(file)):
-        data = file.read_bytes()
-    try:
-        manifest = json.loads(data)
-        _check_manifest(str(file), manifest)
-    except BankError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise BankError(f"{file}: not JSON: {_short(error)}") from None
-    if not manifest["segments"]:
-        raise BankError(f"{file}: field 'segments' is empty, needs at least one")
-    return manifest
-
-
-def _write_manifest(bank: Path, manifest: dict) -> None:
-    new = bank / f"manifest.json.partial-{secrets.token_hex(8)}"
-    sealed = _sealed(manifest)
-    _check_manifest(str(bank), sealed)
-    try:
-        _write(new, json.dumps(sealed, indent=1).encode())
-        os.replace(new, bank / "manifest.json")
-    finally:
-        new.unlink(missing_ok=True)
-    _sync_directory(bank)
-
-
-def _plain(config: Any) -> Any:
-    """The JSON value that a configuration is read back as (tuples as lists, keys as strings)."""
-    try:
-        return json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BankError(f"model_config: needs plain JSON: {_short(error)}") from None
-
-
-def _sealed(manifest: dict) -> dict:
-    """The manifest with its checksum: sha256 of the rest as canonical JSON."""
-    rest = {k: v for k, v in manifest.items() if k != "checksum"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return {**rest, "checksum": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _check_manifest(file: str, manifest: Any) -> None:
-    """Version first, since another version has other fields; then the checksum; then every field."""
-    if not isinstance(manifest, dict):
-        raise BankError(f"{file}: not a manifest, needs a JSON object")
-    for field, need in (("format", FORMAT), ("version", VERSION)):
-        if manifest.get(field) != need or isinstance(manifest[field], bool):
-            raise BankError(f"{file}: field {field!r} is {_short(repr(manifest.get(field)))}, needs {need!r}")
-    if _sealed(manifest)["checksum"] != manifest.get("checksum"):
-        raise BankError(f"{file}: field 'checksum' does not fit the other fields; the file was changed or damaged")
-    _check_field(file, "", manifest, MANIFEST)
-    names = [s["name"] for s in manifest["segments"]]
-    totals = {field: sum(s[field] for s in manifest["segments"]) for field in ("documents", "chunks")}
-    for field, total in totals.items():
-        _check_field(file, f"segments.{field}", total, range(LARGEST))
-    for i, document in enumerate(manifest["deleted"]):
-        _check_field(file, f"deleted[{i}]", document, range(totals["documents"]))
-    for field, values in (("segments", names), ("deleted", manifest["deleted"])):
-        if len(set(values)) < len(values):
-            raise BankError(f"{file}: field {field!r} names something twice")
-
-
-def _check_field(file: str, field: str, found: Any, need: Any) -> None:
-    """need: a dict of fields, [need] for a list, a range of integers, a set of values, a pattern, or a type."""
-    shown = found
-    if isinstance(need, dict):
-        fits, words = isinstance(found, dict) and set(found) == set(need), f"the fields {sorted(need)}"
-        shown = sorted(found) if isinstance(found, dict) else found
-    elif isinstance(need, list):
-        fits, words = isinstance(found, list), "a list"
-    elif isinstance(need, range):
-        fits = isinstance(found, int) and not isinstance(found, bool) and found in need
-        words = f"a whole number from {need.start} to {need.stop - 1}"
-    elif isinstance(need, set):
-        fits, words = isinstance(found, str) and found in need, f"one of {sorted(need)}"
-    elif isinstance(need, re.Pattern):
-        fits, words = isinstance(found, str) and bool(need.fullmatch(found)), f"the form {need.pattern}"
-    else:
-        fits, words = isinstance(found, need), f"a {need.__name__}"
-    if not fits:
-        raise BankError(f"{file}: field {field!r} is {_short(repr(shown))}, needs {words}")
-    parts = {}
-    if isinstance(need, dict):
-        parts = {f"{field}.{name}".lstrip("."): (name, part) for name, part in need.items()}
-    elif isinstance(need, list):
-        parts = {f"{field}[{i}]": (i, need[0]) for i in range(len(shown))}
-    for name, (key, part) in parts.items():
-        _check_field(file, name, cast(Any, found)[key], part)
-
-
-# ---------------------------------------------------------------------------------------------- small parts
-
-
-@contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """The storage's errors as a BankError that names the file; TensorStore's own end in a page of specification."""
-    try:
-        yield
-    except OSError as error:
-        raise BankError(f"{name}: {error.strerror or _short(error)}") from None
-    except ValueError as error:
-        text = str(error)
-        file = re.search(r'local file "([^"]*)"', text)
-        for sign, meaning in (
-            ("Digest mismatch", "checksum mismatch"),
-            ("is missing", "missing"),
-            ("NOT_FOUND", "missing"),
-        ):
-            if sign in text:
-                raise BankError(f"{file[1] if file else name}: {meaning}, the file is damaged") from None
-        raise BankError(f"{file[1] if file else name}: {_short(text.split(' [')[0])}") from None
-
-
-def _short(error: Any) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _inside(path: Any) -> bool:
-    """A relative path that stays below where it begins, on any system."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        return False
-    return all(not p.anchor and ".." not in p.parts for p in (PurePosixPath(path), PureWindowsPath(path)))
 
 
 def _sha256_of_ids(ids: np.ndarray) -> str:
     return hashlib.sha256(ids.astype("<u4").tobytes()).hexdigest()
-
-
-def _write(file: Path, data: bytes) -> None:
-    with open(file, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -41,7 +41,7 @@ from memjax.layers import (
     segments,
     wide,
 )
-from memjax.memory import How, Memory, Param, Slot, constant, dense
+from memjax.memory import How, Memory, Param, Slot, constant, dense, specs
 
 # Scores are reduced in this order: over query heads, over the tokens of a question, over the chunks of a document.
 HeadReduce = Literal["mean", "max"]
@@ -213,31 +213,38 @@ class MSA(DocumentAttention):
                 raise ValueError(f"MSA: {field} is {getattr(self, field)!r}, needs one of {get_args(known)}")
 
     def param_specs(self):
-        specs = super().param_specs()
+        params = super().param_specs()
         if self.decouple_router:
             rq = dense(self.dim, self.heads * self.head_dim)
             rk = dense(self.dim, self.kv_heads * self.head_dim, ("model", "kv_heads"))
             equal = Param(rk.shape, rk.axes, rk.init, rk.kind, draws_like="w_rq")
-            specs |= {"w_rq": rq, "w_rk": equal if self.equal_routers else rk}
-        return specs
+            params |= {"w_rq": rq, "w_rk": equal if self.equal_routers else rk}
+        return params
 
     def state_specs(self, batch):
         g, d = self.kv_heads, self.head_dim
         chunk = Slot((self.capacity, g, d), ("chunks", "kv_heads", None), self.store_dtype)
         table = Slot((self.documents,), ("documents",), jnp.int32)
-        store = MSAStore(
-            chunk,
-            chunk,
-            chunk,
-            Slot((self.capacity,), ("chunks",), jnp.int32, -1),
-            table,
-            table,
-            Slot((3,), (None,), jnp.int32),
+        store = specs(
+            MSAStore,
+            k=chunk,
+            v=chunk,
+            rk=chunk,
+            chunk_doc=Slot((self.capacity,), ("chunks",), jnp.int32, -1),
+            doc_start=table,
+            doc_len=table,
+            count=Slot((3,), (None,), jnp.int32),
         )
         read = Slot((batch, self.max_chunks, g, d), ("batch", None, "kv_heads", None), self.store_dtype)
-        chosen = Slot((batch, self.max_chunks), ("batch", None), jnp.bool_)
-        documents = Slot((batch, self.top_k), ("batch", None), jnp.int32, -1)
-        return MSAState(store, super().state_specs(batch), read, read, chosen, documents)
+        return specs(
+            MSAState,
+            store=store,
+            ring=super().state_specs(batch),
+            k=read,
+            v=read,
+            chosen=Slot((batch, self.max_chunks), ("batch", None), jnp.bool_),
+            documents=Slot((batch, self.top_k), ("batch", None), jnp.int32, -1),
+        )
 
     # ------------------------------------------------------------------------------------------ reading documents
 

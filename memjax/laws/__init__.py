@@ -161,7 +161,7 @@ def _smaller(case: Case) -> Iterator[Case]:
     rows, length = np.flatnonzero(live.any(1)), 1 + int(np.flatnonzero(live.any(0)).max(initial=0))
     if case.start.any():
         yield case._replace(start=np.zeros_like(case.start))
-    filled = live.any(1)[:, None] & (at < length)
+    filled = live.any(1, keepdims=True) & (at < length)
     if (filled & ~case.valid).any():
         yield case._replace(valid=filled)
     keep = [(np.arange(B) == r)[:, None] & (at >= 0) for r in rows] if len(rows) > 1 else []

@@ -29,6 +29,11 @@ class Case(NamedTuple):
     start: np.ndarray
     fresh: bool = False
 
+    def map(self, f: Callable, *others: Case) -> Case:
+        """f of every array (ids may be None), and of those of other cases beside it."""
+        x, ids, valid, start = jax.tree.map(f, self[:4], *(other[:4] for other in others))
+        return Case(x, ids, valid, start, self.fresh)
+
     def __str__(self) -> str:
         live = self.valid | self.start
         rows, length = live.any(1), 1 + int(np.flatnonzero(live.any(0)).max(initial=0))
@@ -68,7 +73,7 @@ def scan_of_step(memory, how, params, state, x, ids, valid, start):
 def graded(run, memory, how, params, state, x, ids, valid, start):
     """Values and gradients of a fixed linear function of the valid outputs and the final state."""
 
-    wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    wide = jnp.result_type(float)  # float64 where it is on
 
     def weigh(a):
         a = a.astype(wide)
@@ -117,7 +122,7 @@ class Bench:
         ids = rng.integers(0, m.reads_ids, (B, T), np.int32) if m.reads_ids else None
         valid = np.ones((B, T), bool) if valid is None else valid
         start = np.zeros((B, T), bool) if start is None else start
-        if m.takes_ids:
+        if m.takes_ids and ids is not None:
             return Case(ids, None, valid, start, fresh)
         return Case(rng.standard_normal((B, T, m.dim)).astype(np.float32), ids, valid, start, fresh)
 
@@ -149,7 +154,7 @@ class Bench:
     def run(self, f: Callable, case: Case, state=None, memory: Memory | None = None, how: How = How(), cut=slice(None)):
         """One of the programs above on a case; the masks are left out where `cut` takes a piece of a plain sequence."""
         state = (self.fresh if case.fresh else self.warm) if state is None else state
-        tokens = [a if a is None else a[:, cut] for a in case[:4]]
+        tokens = list(case.map(lambda a: a[:, cut])[:4])
         if cut != slice(None):
             tokens[2:] = None, None
         return to_numpy(self.program(f)(memory or self.memory, how, self.params, state, *tokens))
@@ -170,7 +175,9 @@ class Bench:
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             yield
 
-    def grade(self, run, case: Case, memory: Memory | None = None, how: How = How(), dtype=np.float32, moves=None):
+    def grade(
+        self, run, case: Case, memory: Memory | None = None, how: How = How(), dtype: Any = np.float32, moves=None
+    ):
         """value, y, state and gradients by name, in float32 or float64; `moves` is added to the arrays it names."""
 
         def wide(tree, label):

@@ -59,10 +59,8 @@ def causal(bench: Bench, case: Case) -> str:
     for t in range(1, T):
         rng, later = np.random.default_rng(t), np.broadcast_to(np.arange(T) >= t, (B, T))
         other = bench.contents(rng.random((B, T)) < 0.7, rng.random((B, T)) < 0.2, rng=rng)
-        pairs = zip(case[:4], other[:4], strict=True)
-        mixed = [a if a is None else np.where(beside(later, a), b, a) for a, b in pairs]
-        seen = case.valid & ~later
-        same(bench.run(apply, Case(*mixed, case.fresh))[0], y, "y", f", other tokens from {t} on", seen)
+        mixed = case.map(lambda a, b, later=later: np.where(beside(later, a), b, a), other)
+        same(bench.run(apply, mixed)[0], y, "y", f", other tokens from {t} on", case.valid & ~later)
     return "other tokens behind every token"
 
 
@@ -71,7 +69,7 @@ def batch(bench: Bench, case: Case) -> str:
     begin = bench.fresh if case.fresh else bench.warm
     for r in range(B):
         copies = [r] * B
-        alike = Case(*(a if a is None else a[copies] for a in case[:4]))
+        alike = case.map(lambda a, copies=copies: a[copies])
         y1, s = bench.run(apply, alike, bench.rows(begin, copies))
         same(y1, y[copies], "y", f", row {r} beside copies of itself", alike.valid)
         same_state(s, bench.rows(state, copies), f", row {r} beside copies of itself")
@@ -109,8 +107,8 @@ def packing(bench: Bench, case: Case) -> str:
         group = (documents[i : i + B] * B)[:B]
         index = [d[0] for d in group]
         inside = np.stack([(np.arange(T) >= lo) & (np.arange(T) < hi) for _, lo, hi, _ in group])
-        alone = Case(*(a if a is None else a[index] for a in case[:3]), np.zeros((B, T), bool))
-        alone = alone._replace(valid=alone.valid & inside)
+        alone = case.map(lambda a, index=index: a[index])
+        alone = alone._replace(valid=alone.valid & inside, start=np.zeros((B, T), bool))
         y1, s = bench.run(apply, alone, bench.rows(rows, [d[3] for d in group]))
         for j, (r, lo, hi, _) in enumerate(group):
             where = f", document of tokens {lo} to {hi - 1} alone"
@@ -200,7 +198,7 @@ def sharded(bench: Bench, case: Case) -> str:
     specs = m.state_specs(B)
     state = jax.tree.map(lambda a, s: jax.device_put(a, place(s.axes)), begin, specs)
     params = jax.tree.map(lambda a: jax.device_put(a, place(())), bench.params)
-    tokens = [a if a is None else jax.device_put(a, place(("batch",))) for a in case[:4]]
+    tokens = case.map(lambda a: jax.device_put(a, place(("batch",))))[:4]
     y, s = bench.run(apply, case)
     y1, s1 = to_numpy(bench.program(apply)(m, How(), params, state, *tokens))
     same(y1, y, "y", f", rows over {n} devices", case.valid)
@@ -230,12 +228,11 @@ def poison(memory: Memory, case: Case) -> Case:
 def to_the_left(case: Case) -> Case:
     """The same documents with all padding on the right; a start at padding falls to the next valid token, or behind."""
     order = np.argsort(~case.valid, 1, kind="stable")
-    moved = [a if a is None else np.take_along_axis(a, beside(order, a), 1) for a in case[:3]]
     start = np.zeros_like(case.start)
     before = np.cumsum(case.valid, 1) - case.valid  # valid tokens before each token: where a start there has to stand
     for r, t in np.argwhere(case.start):
         start[r, before[r, t]] = True
-    return case._replace(x=moved[0], ids=moved[1], valid=moved[2], start=start)
+    return case.map(lambda a: np.take_along_axis(a, beside(order, a), 1))._replace(start=start)
 
 
 CONTENTS: dict[str, Callable[[Bench, Case], str]] = {

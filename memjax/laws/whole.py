@@ -50,7 +50,7 @@ def saved(bench: Bench) -> str:
     like = jax.eval_shape(lambda key: {"params": again.init(key), "state": again.init_state(B)}, jax.random.key(0))
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), like)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "memory"
+        path = str(Path(folder) / "memory")
         ocp.save(path, jax.tree.map(jnp.asarray, {"params": bench.params, "state": bench.warm}))
         loaded = to_numpy(ocp.load(path, like))
     same_state(loaded["params"], bench.params, " after the disk", error=0.0, label="params")

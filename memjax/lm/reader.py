@@ -4,10 +4,12 @@
 `ask` threads the model layer by layer outside jit, so that the bank may live on a device, on the host or on disk: each
 router layer searches the whole bank and reads the chunks of its choice. `answer` goes on: the texts of the documents
 that the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
+`prepare` stops before the decoding, for an answer that is shown piece by piece.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +23,13 @@ from jaxtyping import Bool, Float, Int
 from memjax.combinators import Combinator, Repeat
 from memjax.data.corpus import TokenizedDocuments
 from memjax.data.tokenizer import Tokenizer
+from memjax.errors import ConfigError
 from memjax.in_storage import bank as banks
 from memjax.in_storage.bank_files import Block
 from memjax.in_storage.msa import MSA, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
-from memjax.lm.generate import Sampling, decode, prefill
+from memjax.lm.generate import Sampling, generate
 from memjax.memory import Memory
 
 
@@ -51,7 +54,7 @@ def pool_documents(
     router_layers(model)  # raises where there is none
     ids = jnp.where(valid, ids, 0)
     call = _Write({"ids": ids, "valid": valid})
-    model.thread(call, params, model.init_state(ids.shape[0]), ids)  # type: ignore[attr-defined]
+    call(model, params, model.init_state(ids.shape[0]), ids)
     stack = lambda name: jnp.stack([getattr(s, name) for s in call.stores])  # noqa: E731
     k, v, rk = (stack(name).astype(dtype) for name in ("k", "v", "rk"))
     return Pooled(k, v, rk, call.stores[0].doc_len, stack("count"))
@@ -118,7 +121,7 @@ def ask(
     valid = jnp.asarray(valid)
     ids = jnp.where(valid, jnp.asarray(question), 0)
     call = _Ask({"ids": ids, "valid": valid}, bank)
-    _, state, _ = model.thread(call, params, _rows(model, ids.shape[0]), ids)  # type: ignore[attr-defined]
+    _, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
     return state, Routing(documents, scores)
 
@@ -139,6 +142,54 @@ def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
         }
         rows.append(sorted(total.items(), key=lambda item: (-item[1], item[0]))[:count])
     return rows
+
+
+class Prepared(NamedTuple):
+    """Questions that have routed: their answers are generated from `state`, `prompt` and `valid` under `sampling`."""
+
+    state: Any
+    prompt: Int[np.ndarray, "b t"]  # the passages and the question again
+    valid: Bool[np.ndarray, "b t"]
+    sampling: Sampling  # greedy, to the mark that ends an answer
+    passages: list[list[tuple[int, float]]]  # what is read for each row, (document, score), best first
+    routing: Routing
+
+
+def prepare(
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    document_ids: Callable[[int], np.ndarray],
+    *,
+    read: int = 2,
+    steps: int = 32,
+    question_width: int | None = None,
+    reading_width: int | None = None,
+) -> Prepared:
+    """Route questions over the bank and put together what each is answered from. Arguments and errors of `answer`."""
+    special, window = reading.special_ids(tokenizer), min(m.window for m in router_layers(model))
+    asked = [tokenizer.encode(q) for q in questions]
+    if not all(map(len, asked)):
+        raise ConfigError("question: is empty")
+    first = [reading.question(special, ids) for ids in asked]
+    if (longest := max(map(len, first))) > window:
+        raise ConfigError(f"question: has {longest} tokens, the model's window is {window}")
+    ids, valid = reading.pad_left(first, question_width or _round_up(longest))
+    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
+    passages = agree(routing, read)
+    texts = [  # the best passage last, next to the question
+        reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
+        for p, q in zip(passages, asked, strict=True)
+    ]
+    if (needed := longest + max(map(len, texts)) + steps) > window:
+        raise ConfigError(
+            f"answer: question, passages and answer are {needed} tokens, the model's window is {window}; "
+            "ask for fewer passages, or a shorter question"
+        )
+    prompt, prompt_valid = reading.pad_left(texts, reading_width or _round_up(max(map(len, texts))))
+    return Prepared(state, prompt, prompt_valid, Sampling(stop=special["<end>"]), passages, routing)
 
 
 class Answers(NamedTuple):
@@ -169,27 +220,24 @@ def answer(
       steps: tokens of an answer at most.
       question_width, reading_width: pad to these widths, so that batches share a compiled program; None: as needed.
 
-    Raises ValueError where a question or what is read is longer than its width, or both and the answer than the window.
+    Raises:
+      ConfigError: a question is empty, or with its passages and the answer longer than the model's window.
+      ValueError: a question or what is read is longer than its width.
     """
-    special = reading.special_ids(tokenizer)
-    asked = [tokenizer.encode(q) for q in questions]
-    first = [reading.question(special, ids) for ids in asked]
-    ids, valid = reading.pad_left(first, question_width or _round_up(max(map(len, first))))
-    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
-    passages = agree(routing, read)
-    texts = [
-        reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
-        for p, q in zip(passages, asked, strict=True)
-    ]
-    window = min(m.window for m in router_layers(model))
-    if (longest := max(map(len, texts)) + max(map(len, first)) + steps) > window:
-        raise ValueError(f"answer: question, passages and answer are {longest} tokens, the model's window is {window}")
-    text_ids, text_valid = reading.pad_left(texts, reading_width or _round_up(max(map(len, texts))))
-    logits, state = prefill(model, params, state, jnp.asarray(text_ids), jnp.asarray(text_valid))
-    done = jnp.zeros(len(texts), jnp.bool_)
-    stop = Sampling(stop=special["<end>"])
-    tokens, *_ = decode(model, params, state, logits, done, jax.random.split(jax.random.key(0), steps), sampling=stop)
-    return Answers(np.asarray(tokens), passages, routing)
+    got = prepare(
+        model,
+        params,
+        bank,
+        tokenizer,
+        questions,
+        document_ids,
+        read=read,
+        steps=steps,
+        question_width=question_width,
+        reading_width=reading_width,
+    )
+    tokens, _ = generate(model, params, got.state, got.prompt, steps=steps, valid=got.valid, sampling=got.sampling)
+    return Answers(np.asarray(tokens), got.passages, got.routing)
 
 
 def answer_text(tokenizer: Tokenizer, tokens: Int[np.ndarray, " n"]) -> str:
@@ -206,12 +254,12 @@ def _rows(model: Memory, b: int) -> Any:
     return model.init_state(b)
 
 
-class _Thread:
+class _Thread(abc.ABC):
     """A `call` for `thread` that stays outside jit between the leaves and handles MSA layers itself."""
 
     unrolled, remat = True, False
 
-    def __init__(self, tokens: dict[str, Array]):
+    def __init__(self, tokens: dict[str, Any]):
         self.tokens = tokens
 
     def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
@@ -220,6 +268,12 @@ class _Thread:
         if isinstance(memory, Combinator):
             return memory.thread(self, params, state, x)
         return *self.leaf(memory, params, state, x), {}
+
+    @abc.abstractmethod
+    def leaf(self, memory: Memory, params, state, x) -> tuple[Any, Any]: ...
+
+    @abc.abstractmethod
+    def routed(self, memory: MSA, params, state: MSAState, x) -> tuple[Any, Any, Any]: ...
 
 
 class _Write(_Thread):
@@ -233,7 +287,7 @@ class _Write(_Thread):
         return memory.write(params, state, x, **self.tokens)
 
     def routed(self, memory, params, state, x):
-        y, state = memory.write(params, state, x, **self.tokens)
+        y, state = self.leaf(memory, params, state, x)
         self.stores.append(state.store)
         return y, state, {}
 
@@ -251,12 +305,16 @@ class _Ask(_Thread):
     def routed(self, memory: MSA, params, state: MSAState, x):
         layer = len(self.chosen)
         queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"])
-        reduce = {
-            "head_reduce": memory.head_reduce,
-            "query_reduce": memory.query_reduce,
-            "chunk_reduce": memory.chunk_reduce,
-        }
-        scores, documents = banks.route(self.bank, layer, queries, asks, top_k=memory.top_k, **reduce)
+        scores, documents = banks.route(
+            self.bank,
+            layer,
+            queries,
+            asks,
+            top_k=memory.top_k,
+            head_reduce=memory.head_reduce,
+            query_reduce=memory.query_reduce,
+            chunk_reduce=memory.chunk_reduce,
+        )
         k, v, chosen, _ = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.chosen.append((documents, scores))
         y, ring, k, v = _attend(memory, params, state.ring, x, k, v, chosen, self.tokens["valid"])

@@ -49,7 +49,7 @@ def split_words(words: Sequence[str], held_out: int, seed: int = 0) -> tuple[lis
     """Words to train with and `held_out` words that training never sees in a key."""
     if not 0 < held_out < len(words):
         raise ValueError(f"split_words: held_out is {held_out}, needs 1 to {len(words) - 1}")
-    order = np.random.default_rng(seed).permutation(len(words))
+    order: list[int] = np.random.default_rng(seed).permutation(len(words)).tolist()
     return [words[i] for i in order[held_out:]], [words[i] for i in order[:held_out]]
 
 

@@ -70,12 +70,17 @@ def fit_phases(
     for i, phase in enumerate(phases):
         count = max(round(phase.share * steps), 1)
         home = None if directory is None else directory / f"phase-{i}"
-        rates = {"learning_rate": phase.rate * learning_rate, "adam_learning_rate": phase.rate * adam_learning_rate}
+        optimizer = make_optimizer(
+            model,
+            steps=count,
+            learning_rate=phase.rate * learning_rate,
+            adam_learning_rate=phase.rate * adam_learning_rate,
+        )
         result = fit(
             retrieval_loss(model, lm_weight=phase.lm_weight, aux_weight=phase.aux_weight),
             params,
             data(i),
-            optimizer=make_optimizer(model, steps=count, **rates),
+            optimizer=optimizer,
             steps=count,
             key=jax.random.fold_in(key, i),
             directory=home,
@@ -137,8 +142,9 @@ def retrieval_loss(
         right = ((logits.argmax(-1) == targets) | ~answer).all(-1).astype(jnp.float32).mean()
         total = lm_weight * (answer_loss + text_weight * text_loss) + aux_weight * contrast
         metrics = {"aux": contrast, "answer_loss": answer_loss, "text_loss": text_loss}
-        metrics |= {"answer_accuracy": right, "recall_at_k": recall}
-        return total, metrics | {"lost_chunks": sum(s.count[2] for s in stores(state)).astype(jnp.float32)}
+        lost = jnp.stack([s.count[2] for s in stores(state)]).sum()
+        metrics |= {"answer_accuracy": right, "recall_at_k": recall, "lost_chunks": lost.astype(jnp.float32)}
+        return total, metrics
 
     return loss
 

@@ -1,5 +1,6 @@
 """The delta rule, the definition: one token after another."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,7 +17,7 @@ def delta_rule(
         return jnp.einsum("bhk,bhkv->bhv", k, S, precision=lax.Precision.HIGHEST)
 
     def step(S, now):
-        q, k, v, beta, g = (a if a is None else a.astype(S.dtype) for a in now)
+        q, k, v, beta, g = jax.tree.map(lambda a: a.astype(S.dtype), now)
         q, k = (jnp.repeat(a, groups, axis=1) for a in (q, k))
         if g is not None:
             S = jnp.exp(g)[..., None, None] * S

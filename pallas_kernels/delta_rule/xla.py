@@ -13,6 +13,7 @@ A row of a later document sees nothing of the entering state: e^G is 0 there, an
 Memory: the entering state of every chunk is kept, [n b h k v].
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -34,7 +35,7 @@ def delta_rule(
     """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
     t, dot, c = q.shape[1], chunks.matmul_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
     docs = chunks.documents(start, c)
-    q, k, v, beta, g = (a if a is None else chunks.split(a.astype(state.dtype), c) for a in (q, k, v, beta, log_decay))
+    q, k, v, beta, g = jax.tree.map(lambda a: chunks.split(a.astype(state.dtype), c), (q, k, v, beta, log_decay))
     D, decays = chunks.scalar_decays(g, docs, c, state.dtype)
 
     # scores once per key head; value head j reads key head j // groups

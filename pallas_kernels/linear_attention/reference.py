@@ -1,5 +1,6 @@
 """Linear attention, the definition: one token after another."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -14,7 +15,7 @@ def linear_attention(
         log_decay = log_decay[..., None]
 
     def step(S, now):
-        q, k, v, g = (a if a is None else a.astype(S.dtype) for a in now)
+        q, k, v, g = jax.tree.map(lambda a: a.astype(S.dtype), now)
         if g is not None:
             S = jnp.exp(g)[..., None] * S
         S = S + k[..., :, None] * v[..., None, :]

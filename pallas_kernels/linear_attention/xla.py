@@ -9,6 +9,7 @@ With G_r the sum of the log decays of rows 1..r of a chunk, S the state that ent
 Memory: the entering state of every chunk is kept, [n b h k v].
 """
 
+import jax
 from jax import Array
 
 from pallas_kernels import chunks
@@ -21,7 +22,7 @@ def linear_attention(
     """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
     t, dot, c = q.shape[1], chunks.matmul_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
     docs = chunks.documents(start, c)
-    q, k, v, g = (a if a is None else chunks.split(a.astype(state.dtype), c) for a in (q, k, v, log_decay))
+    q, k, v, g = jax.tree.map(lambda a: chunks.split(a.astype(state.dtype), c), (q, k, v, log_decay))
 
     # inside every chunk, all at once
     if g is not None and g.ndim == k.ndim:

@@ -44,8 +44,8 @@ def taps(
 def short_conv(x: Array, weight: Array, cache: Array, valid: Array | None, start: Array | None) -> tuple[Array, Array]:
     """Arrays as in the public op, the sum without bias and activation; its dtype is that of weight."""
     rows, cache, restore = _rows(x, cache, valid, start, 0)
-    y = sum(row.astype(weight.dtype) * weight[j][None, None] for j, row in enumerate(rows))
-    return restore(y), cache
+    terms = [row.astype(weight.dtype) * weight[j][None, None] for j, row in enumerate(rows)]
+    return restore(sum(terms[1:], terms[0])), cache
 
 
 def _rows(
@@ -55,34 +55,24 @@ def _rows(
     t, n = x.shape[1], cache.shape[1]
     x = x.astype(cache.dtype)
     document = None if start is None else jnp.cumsum(start, 1, dtype=jnp.int32)
-    open_at_end = None if start is None else document[:, -1:]
-
-    def restore(y):
-        return y
-
+    open_at_end = None if document is None else document[:, -1:]
+    slot = newest = None  # where a token stands among the valid ones, and the last n of them: None, where it stands
     if valid is not None:
         count = jnp.cumsum(valid, 1, dtype=jnp.int32)
         order = jnp.argsort(~valid, axis=1, stable=True)
-        slot = jnp.maximum(count - 1, 0)
+        slot, newest = jnp.maximum(count - 1, 0), count[:, -1:] + jnp.arange(n, dtype=jnp.int32)[None]
         x = _take(jnp.where(beside(valid, x), x, jnp.zeros_like(x)), order)
-        document = None if start is None else _take(document, order)
-
-        def restore(y):
-            return _take(y, slot)
+        document = None if document is None else _take(document, order)
 
     rows = jnp.concatenate([cache, x], 1)
     windows = [rows[:, j : j + t] for j in range(n)]
-    if valid is None:
-        last = rows[:, t:]
-    else:
-        newest = count[:, -1:] + jnp.arange(n, dtype=jnp.int32)[None]
-        last = _take(rows, newest)
-    if start is not None:
+    last = rows[:, t:] if newest is None else _take(rows, newest)
+    if document is not None:
         # the rows of the cache belong to the document that was open before the call, number 0
         number = jnp.pad(document, ((0, 0), (n, 0)))
         windows = [_keep(number[:, j : j + t] == document, row, fill) for j, row in enumerate(windows)]
-        last = _keep((number[:, t:] if valid is None else _take(number, newest)) == open_at_end, last, fill)
-    return [*windows, x], last, restore
+        last = _keep((number[:, t:] if newest is None else _take(number, newest)) == open_at_end, last, fill)
+    return [*windows, x], last, lambda y: y if slot is None else _take(y, slot)
 
 
 def _take(x: Array, index: Array) -> Array:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from memjax.errors import BankError
 from memjax.in_storage import bank as banks
-from memjax.in_storage import bank_files
+from memjax.in_storage import bank_files, bank_manifest
 from memjax.in_storage.bank_files import BankWriter, Block, append_documents, delete_document, open_bank
 
 LAYERS, H, D, VOCAB = 2, 2, 8, 300
@@ -133,9 +133,12 @@ def test_keys_on_the_device_and_the_rest_on_disk(made):
 
 def test_streams_over_many_shards(tmp_path, monkeypatch):
     """Blocks that end anywhere in a shard: the same bank, and a buffer never holds more than a shard and a block."""
-    monkeypatch.setattr(bank_files, "SHARD", {"rk": 8, "k": 8, "v": 8, "ids": 16})
-    monkeypatch.setattr(bank_files, "INNER", {"rk": 4, "k": 2, "v": 2, "ids": 4})
-    monkeypatch.setattr(bank_files, "TILE", 8)
+    for sizes, small in (
+        (bank_files.SHARD, {"rk": 8, "k": 8, "v": 8, "ids": 16}),
+        (bank_files.INNER, {"rk": 4, "k": 2, "v": 2, "ids": 4}),
+    ):
+        for name, size in small.items():
+            monkeypatch.setitem(sizes, name, size)
     path = write(tmp_path / "b", BLOCKS)
     assert len([p for p in (segment(path) / "k" / "c").rglob("*") if p.is_file()]) == LAYERS * 3
     assert_same(answers(open_bank(path).bank), answers(in_memory()))
@@ -254,7 +257,7 @@ def rewrite(bank, change, seal=True):
     file = bank / "manifest.json"
     manifest = json.loads(file.read_bytes())
     change(manifest)
-    file.write_text(json.dumps(bank_files._sealed(manifest) if seal else manifest))
+    file.write_text(json.dumps(bank_manifest.seal(manifest) if seal else manifest))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +369,7 @@ def test_mutated_manifests_never_raise_anything_else(made, tmp_path_factory, dat
         del inner[last]
     else:
         inner[last] = data.draw(JSON)
-    text = json.dumps(bank_files._sealed(mutant) if seal else mutant)
+    text = json.dumps(bank_manifest.seal(mutant) if seal else mutant)
     attempt(made, tmp_path_factory.mktemp("mutant"), text.encode(), harmless=seal)
 
 
@@ -427,7 +430,7 @@ def test_a_killed_writer_leaves_no_bank_and_the_next_one_works(tmp_path):
     assert_same(answers(open_bank(write(tmp_path / "b")).bank), answers(in_memory()))
 
 
-@pytest.mark.parametrize("step", ["_write_manifest", "_sync_directory"])
+@pytest.mark.parametrize("step", ["write_manifest", "sync_directory"])
 def test_a_failure_while_finishing_leaves_nothing(tmp_path, monkeypatch, step):
     def fail(*_):
         raise OSError("disk full")
@@ -525,7 +528,7 @@ def test_a_failed_append_leaves_the_bank(bank):
 
 def test_an_append_that_was_killed_is_ignored(bank, monkeypatch):
     """All of it but the manifest is there: the moment before the end."""
-    monkeypatch.setattr(bank_files, "_write_manifest", lambda *_: None)
+    monkeypatch.setattr(bank_files, "write_manifest", lambda *_: None)
     append_documents(bank, [block([3])])
     monkeypatch.undo()
     assert len(list(bank.glob("segment-*"))) == 2
