@@ -238,7 +238,7 @@ def test_configurations_travel_as_json():
     "config, message",
     [
         ({"class": "subprocess.Popen", "args": ["true"]}, "'subprocess.Popen' is not a Memory"),
-        ({"class": "colorsys.Evil"}, "is not memjax's; import its module first"),
+        ({"class": "this.Evil"}, "is not memjax's; import its module first"),
         ({"class": "memjax.nowhere.GLA"}, "cannot be imported"),
         ({"class": "memjax.memory.How"}, "is not a Memory"),
         ({"class": "memjax.memory.Missing"}, "is not a Memory"),
