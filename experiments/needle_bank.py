@@ -396,6 +396,14 @@ def show_tokens(n: int) -> str:
 def main(config: Config) -> dict[str, Any]:
     if config.quick:
         config = replace(config, **QUICK)
+    for wrong, need in (
+        (config.document_tokens % config.pool, "--document-tokens a multiple of --pool"),
+        (config.batch % 2, "an even --batch"),
+        (config.batch > config.pool_documents, "--batch at most --pool-documents"),
+        (config.dim % config.heads, "--dim a multiple of --heads"),
+    ):
+        if wrong:
+            raise SystemExit(f"needle_bank: needs {need}")
     import jax
 
     if config.device:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from memjax.layers import linear, rms_norm
-from memjax.memory import How, Memory, Param, constant, dense
+from memjax.memory import How, Memory, Param, at_least, constant, dense
 
 
 @runtime_checkable
@@ -78,15 +78,15 @@ class Combinator(Memory):
         return tuple(p for v in values for p in (v if isinstance(v, tuple) else (v,)) if isinstance(p, Memory))
 
     @property
-    def dim(self) -> int:  # type: ignore[override]
+    def dim(self) -> int:
         return self.parts[0].dim
 
     @property
-    def reads_ids(self) -> int | None:  # type: ignore[override]
+    def reads_ids(self) -> int | None:
         return next((p.reads_ids for p in self.parts if p.reads_ids), None)
 
     @property
-    def implementations(self) -> tuple[str, ...]:  # type: ignore[override]
+    def implementations(self) -> tuple[str, ...]:
         """What every part that calls an op has: a name is handed to all of them, and none falls back."""
         has = [p.implementations for p in self.parts if p.implementations]
         return tuple(n for n in has[0] if all(n in other for other in has)) if has else ()
@@ -150,8 +150,7 @@ class Repeat(Combinator):
     n: int
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"Repeat: n is {self.n}, needs at least 1")
+        at_least(self, 1, "n")
 
     def param_specs(self):
         return jax.tree.map(lambda p: _stacked(p, self.n), self.block.param_specs())

@@ -90,6 +90,14 @@ def dense(
     return Param((n_in, n_out), axes, normal(n_in**-0.5), kind)
 
 
+def at_least(memory: Memory, least: int, *fields: str) -> None:
+    """For `__post_init__`: ValueError naming the first of these fields that is smaller. None passes."""
+    for name in fields:
+        value = getattr(memory, name)
+        if value is not None and value < least:
+            raise ValueError(f"{type(memory).__name__}: {name} is {value}, needs at least {least}")
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class How:
@@ -123,7 +131,6 @@ class Memory:
     reads_ids: ClassVar[int | None] = None  # size of the vocabulary, where token ids are read
     takes_ids: ClassVar[bool] = False  # True: x itself is token ids [b, t] (a language model)
     implementations: ClassVar[tuple[str, ...]] = ()  # what `how.implementation` may name, where an op is called
-    across_ranks: ClassVar[Literal["ops", "hand_over"]] = "hand_over"  # how the sequence is split over devices
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

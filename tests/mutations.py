@@ -15,7 +15,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -33,11 +33,16 @@ class StaleMutation(Exception):
     """The source to replace is not there, or more than once."""
 
 
+def target(mutation: Mutation) -> Any:
+    """The function that the bug is in, without what is wrapped around it."""
+    module, _, path = mutation.where.partition(":")
+    return inspect.unwrap(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+
+
 @contextlib.contextmanager
 def applied(mutation: Mutation) -> Iterator[None]:
     """Run with the bug. Raises StaleMutation where the source has changed."""
-    module, _, path = mutation.where.partition(":")
-    function = inspect.unwrap(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+    function = target(mutation)
     source = textwrap.dedent(inspect.getsource(function))
     for old, new in mutation.changes:
         if source.count(old) != 1:

@@ -44,8 +44,11 @@ def test_a_law_sees_it(mutation, entry, law):
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_none_is_stale_and_all_are_undone(mutation):
+    function = mutations.target(mutation)
+    sound = function.__code__
     with mutations.applied(mutation):
-        pass
+        assert function.__code__ is not sound
+    assert function.__code__ is sound
 
 
 def test_the_bug_is_gone_afterwards():

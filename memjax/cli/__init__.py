@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         command = tyro.cli(
-            commands,  # type: ignore[arg-type]
+            commands,
             prog="memjax",
             description="Memory architectures for sequence models: look them up, train them, read folders into them.",
             args=argv or ["--help"],

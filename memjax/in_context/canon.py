@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 from jaxtyping import Array, Float
 
 from memjax.layers import short_conv
-from memjax.memory import How, Memory, Param, Slot, normal, specs
+from memjax.memory import How, Memory, Param, Slot, at_least, normal, specs
 from pallas_kernels.short_conv import IMPLEMENTATIONS
 
 
@@ -33,8 +33,7 @@ class Canon(Memory):
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
-        if self.width < 2:
-            raise ValueError(f"Canon: width is {self.width}, needs at least 2")
+        at_least(self, 2, "width")
 
     def param_specs(self):
         return {"w": Param((self.width, self.dim), (None, "model"), normal(self.init_std), "vector")}

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary
-from memjax.memory import How, Memory, Param, constant, dense
+from memjax.memory import How, Memory, Param, at_least, constant, dense
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,9 +44,7 @@ class SlidingWindowAttention(Memory):
     cache_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("dim", "heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"SlidingWindowAttention: {name} is {getattr(self, name)}, needs at least 1")
+        at_least(self, 1, "dim", "heads", "window")
         if self.hkv < 1 or self.heads % self.hkv:
             raise ValueError(
                 f"SlidingWindowAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}"

@@ -24,7 +24,7 @@ from jax import Array
 from jaxtyping import Float
 
 from memjax.layers import gate, heads, l2_norm, linear, mask, merge, rms_norm, row, short_conv
-from memjax.memory import How, Memory, Param, Slot, constant, dense, normal, specs
+from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -56,9 +56,8 @@ class GatedDeltaNet(Memory):
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
-        for name in ("dim", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GatedDeltaNet: {name} is {getattr(self, name)}, needs at least 1")
+        at_least(self, 1, "dim", "heads", "head_dim")
+        at_least(self, 2, "conv_size")
         if self.hv < 1 or self.hv % self.heads:
             raise ValueError(f"GatedDeltaNet: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
         if self.v < 1 or self.v != self.head_dim * self.expand_v:
@@ -66,8 +65,6 @@ class GatedDeltaNet(Memory):
             raise ValueError(
                 f"GatedDeltaNet: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole"
             )
-        if self.conv_size < 2:
-            raise ValueError(f"GatedDeltaNet: conv_size is {self.conv_size}, needs at least 2")
 
     @property
     def hv(self) -> int:

@@ -25,7 +25,7 @@ from jax import Array
 from jaxtyping import Float
 
 from memjax.layers import gate, heads, linear, mask, merge, rms_norm, short_conv
-from memjax.memory import How, Memory, Param, Slot, constant, dense, normal, specs
+from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -62,9 +62,8 @@ class GatedLinearAttention(Memory):
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
-        for name in ("dim", "heads", "gate_low_rank_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GatedLinearAttention: {name} is {getattr(self, name)}, needs at least 1")
+        at_least(self, 1, "dim", "heads", "gate_low_rank_dim")
+        at_least(self, 2, "conv_size")
         for name in ("expand_k", "expand_v"):
             width = self.dim * getattr(self, name)
             if width < 1 or width % self.heads:
@@ -80,8 +79,6 @@ class GatedLinearAttention(Memory):
             raise ValueError(f"GatedLinearAttention: gate_logit_normalizer is {self.gate_logit_normalizer}, needs > 0")
         if self.clamp_min is not None and self.clamp_min > 0:
             raise ValueError(f"GatedLinearAttention: clamp_min is {self.clamp_min}, needs a log decay <= 0")
-        if self.conv_size < 2:
-            raise ValueError(f"GatedLinearAttention: conv_size is {self.conv_size}, needs at least 2")
 
     @property
     def hkv(self) -> int:

@@ -41,12 +41,13 @@ from memjax.layers import (
     segments,
     wide,
 )
-from memjax.memory import How, Memory, Param, Slot, constant, dense, specs
+from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, specs
 
 # Scores are reduced in this order: over query heads, over the tokens of a question, over the chunks of a document.
 HeadReduce = Literal["mean", "max"]
 QueryReduce = Literal["max", "mean", "last"]
 ChunkReduce = Literal["max", "mean"]
+StoreDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class DocumentAttention(Memory):
     """Causal attention inside each document (`write`) and inside the question (`apply`, `step`), with no store.
 
     window: tokens of template, question and answer together. query_start: position of the first token after the
-    template. qk_norm_init: initial value of the norms of q and k (a temperature at initialisation). causal False: the
-    tokens of one `apply` see each other both ways, as in pieces that the released code appends to a question.
+    template; 19 is template + top_k of the defaults: set it with them, alike in all layers. qk_norm_init: initial
+    value of the norms of q and k (a temperature at initialisation). causal False: the tokens of one `apply` see each
+    other both ways, as in pieces that the released code appends to a question.
     """
 
     dim: int
@@ -73,9 +75,7 @@ class DocumentAttention(Memory):
     causal: bool = True
 
     def __post_init__(self):
-        for field in ("dim", "heads", "kv_heads", "head_dim", "window"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)}, needs at least 1")
+        at_least(self, 1, "dim", "heads", "kv_heads", "head_dim", "window")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{type(self).__name__}: kv_heads is {self.kv_heads}, needs a divisor of {self.heads} heads"
@@ -199,16 +199,20 @@ class MSA(DocumentAttention):
     chunk_reduce: ChunkReduce = "max"
     decouple_router: bool = True
     equal_routers: bool = False
-    store_dtype: str = "float32"
+    store_dtype: StoreDtype = "float32"
 
     def __post_init__(self):
         super().__post_init__()
         if self.equal_routers and self.kv_heads != self.heads:
             raise ValueError(f"MSA: equal_routers needs kv_heads = heads, got {self.kv_heads} and {self.heads}")
-        for field in ("pool", "top_k", "capacity", "documents", "max_chunks"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"MSA: {field} is {getattr(self, field)}, needs at least 1")
-        for field, known in (("head_reduce", HeadReduce), ("query_reduce", QueryReduce), ("chunk_reduce", ChunkReduce)):
+        at_least(self, 1, "pool", "top_k", "capacity", "documents", "max_chunks")
+        choices = {
+            "head_reduce": HeadReduce,
+            "query_reduce": QueryReduce,
+            "chunk_reduce": ChunkReduce,
+            "store_dtype": StoreDtype,
+        }
+        for field, known in choices.items():
             if getattr(self, field) not in get_args(known):
                 raise ValueError(f"MSA: {field} is {getattr(self, field)!r}, needs one of {get_args(known)}")
 
@@ -357,7 +361,7 @@ class MSA(DocumentAttention):
         """Score every document for every question, and gather the chunks of the best."""
         rk, r = wide(store.rk), self.bank_queries(r)
         if self.head_reduce == "mean":
-            s = jnp.einsum("btgd,cgd->btc", r, rk)
+            s = jnp.einsum("btgd,cgd->btc", r, rk, precision=jax.lax.Precision.HIGHEST)
         else:
             s = jnp.einsum("btgjd,cgd->btgjc", r.reshape(*r.shape[:2], self.kv_heads, -1, self.head_dim), rk).max(
                 (2, 3)

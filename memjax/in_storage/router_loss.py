@@ -9,7 +9,7 @@ tau a temperature: decoupled   l = -mean_{i in Pos} log( e^{s_i/tau} / (e^{s_i/t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ def router_loss(
       gamma: exponent of "focal", whose weight is not detached.
       bias: added to the score in "bce".
     """
+    if method not in get_args(Method):
+        raise ValueError(f"router_loss: method is {method!r}, needs one of {get_args(Method)}")
     exists = scores > -1e9
     pos, neg = positive & exists, ~positive & exists
     count = jnp.maximum(pos.sum(-1), 1).astype(scores.dtype)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from memjax.layers import linear
-from memjax.memory import How, Initializer, Memory, Param, normal
+from memjax.memory import How, Initializer, Memory, Param, at_least, normal
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,10 @@ class STEM(Memory):
     multiple_of: int = 256
 
     def __post_init__(self):
-        for name in ("dim", "vocab", "hidden", "multiple_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"STEM: {name} is {value}, needs at least 1")
+        at_least(self, 1, "dim", "vocab", "hidden", "multiple_of")
 
     @property
-    def reads_ids(self) -> int:  # type: ignore[override]
+    def reads_ids(self) -> int:
         return self.vocab
 
     @property

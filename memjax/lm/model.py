@@ -58,7 +58,7 @@ class LanguageModel(Combinator):
     takes_ids: ClassVar[bool] = True
 
     @property
-    def reads_ids(self) -> int:  # type: ignore[override]
+    def reads_ids(self) -> int:
         return self.vocab
 
     def param_specs(self):

@@ -110,6 +110,7 @@ class Routing(NamedTuple):
 
     documents: Int[np.ndarray, "n b top_k"]
     scores: Float[np.ndarray, "n b top_k"]
+    dropped: int = 0  # chunks of chosen documents that found no room, in all rows and layers
 
 
 def ask(
@@ -123,7 +124,7 @@ def ask(
     call = _Ask({"ids": ids, "valid": valid}, bank)
     _, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
-    return state, Routing(documents, scores)
+    return state, Routing(documents, scores, call.dropped)
 
 
 def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
@@ -297,7 +298,7 @@ class _Ask(_Thread):
 
     def __init__(self, tokens, bank: banks.Bank):
         super().__init__(tokens)
-        self.bank, self.chosen = bank, []
+        self.bank, self.chosen, self.dropped = bank, [], 0
 
     def leaf(self, memory, params, state, x):
         return _apply_leaf(memory, params, state, x, self.tokens)
@@ -315,8 +316,9 @@ class _Ask(_Thread):
             query_reduce=memory.query_reduce,
             chunk_reduce=memory.chunk_reduce,
         )
-        k, v, chosen, _ = banks.read(self.bank, layer, documents, memory.max_chunks)
+        k, v, chosen, dropped = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.chosen.append((documents, scores))
+        self.dropped += int(dropped)
         y, ring, k, v = _attend(memory, params, state.ring, x, k, v, chosen, self.tokens["valid"])
         return y, MSAState(state.store, ring, k, v, chosen, documents), {}
 

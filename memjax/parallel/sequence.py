@@ -1,8 +1,11 @@
 """Sequence parallelism by hand-over: each device holds a slice of the sequence, the state goes from one to the next.
 
 It asks nothing of a memory but the contract (a call on two halves equals a call on the whole), so it is exact for every
-memory. The ranks of the axis hold the slices in order. A rank can't begin before the state of the slice before its own
-has arrived; so that it has something to do meanwhile, the rows of the batch are cut into n micro-batches:
+memory that obeys the law `split`. MSA does not inside a question that begins in the call: each rank would route by its
+own slice, so keep the routing of a question on one device.
+
+The ranks of the axis hold the slices in order. A rank can't begin before the state of the slice before its own has
+arrived; so that it has something to do meanwhile, the rows of the batch are cut into n micro-batches:
 
     tick       0    1    2    3    4        n = 3 micro-batches a b c on 3 ranks; one letter is one call of the memory
     rank 0     a    b    c    .    .        on a third of the sequence. After each tick every state moves one rank down,
@@ -87,15 +90,15 @@ class SequenceParallel(Memory):
     micro_batches: int | None
 
     @property
-    def dim(self) -> int:  # type: ignore[override]
+    def dim(self) -> int:
         return self.memory.dim
 
     @property
-    def reads_ids(self) -> int | None:  # type: ignore[override]
+    def reads_ids(self) -> int | None:
         return self.memory.reads_ids
 
     @property
-    def takes_ids(self) -> bool:  # type: ignore[override]
+    def takes_ids(self) -> bool:
         return self.memory.takes_ids
 
     @property

@@ -91,7 +91,12 @@ def fit(
       ConfigError: a number that makes no sense, or `directory` without `config`.
       CheckpointError: the newest checkpoint is damaged or of another config.
     """
-    for name, value in (("steps", steps), ("save_every", save_every or 1), ("keep", keep), ("log_every", log_every)):
+    for name, value in (
+        ("steps", steps),
+        ("save_every", 1 if save_every is None else save_every),
+        ("keep", keep),
+        ("log_every", log_every),
+    ):
         if value < 1:
             raise ConfigError(f"fit: {name} is {value}, needs at least 1")
     batches = iter(data)

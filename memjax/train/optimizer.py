@@ -39,7 +39,7 @@ def make_optimizer(
       adam_learning_rate: peak of Adam's, about the largest change of one entry in a step.
       warmup: updates of linear warm-up; None: 5 % of `steps`.
       min_ratio: learning rate at the end over the peak, in [0, 1].
-      weight_decay: decoupled, times the learning rate; matrices and embeddings only.
+      weight_decay: decoupled, times the learning rate; matrices only.
       b2: Adam's decay of the second moment.
       clip: largest global norm of the gradient; None: no clipping.
 
@@ -64,7 +64,7 @@ def make_optimizer(
     adam = schedule(adam_learning_rate)
     groups: dict[Hashable, optax.GradientTransformation] = {
         "matrix": muon(schedule(learning_rate), weight_decay=weight_decay, muon_weight_dimension_numbers=_last_two),
-        "embedding": optax.adamw(adam, b2=b2, weight_decay=weight_decay),
+        "embedding": optax.adam(adam, b2=b2),  # decay would wear out the rows of rare tokens
         "vector": optax.adam(adam, b2=b2),
         "gate": optax.adam(adam, b2=b2),
     }

@@ -70,21 +70,19 @@ def fit_phases(
     for i, phase in enumerate(phases):
         count = max(round(phase.share * steps), 1)
         home = None if directory is None else directory / f"phase-{i}"
-        optimizer = make_optimizer(
-            model,
-            steps=count,
-            learning_rate=phase.rate * learning_rate,
-            adam_learning_rate=phase.rate * adam_learning_rate,
-        )
+        rates: dict[str, Any] = {
+            "learning_rate": phase.rate * learning_rate,
+            "adam_learning_rate": phase.rate * adam_learning_rate,
+        }
         result = fit(
             retrieval_loss(model, lm_weight=phase.lm_weight, aux_weight=phase.aux_weight),
             params,
             data(i),
-            optimizer=optimizer,
+            optimizer=make_optimizer(model, steps=count, **rates),
             steps=count,
             key=jax.random.fold_in(key, i),
             directory=home,
-            config=to_config(model),
+            config={"memory": to_config(model), "phase": list(phase), "steps": count, **rates},
             save_every=save_every,
             log_every=log_every,
             writers=[] if home is None else [JSONLWriter(home / "metrics.jsonl")],

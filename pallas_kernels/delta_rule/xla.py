@@ -34,6 +34,7 @@ def delta_rule(
 ) -> tuple[Array, Array]:
     """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
     t, dot, c = q.shape[1], chunks.matmul_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
+    full = chunks.matmul_for(state.dtype)  # what the inverse and the state touch
     docs = chunks.documents(start, c)
     q, k, v, beta, g = jax.tree.map(lambda a: chunks.split(a.astype(state.dtype), c), (q, k, v, beta, log_decay))
     D, decays = chunks.scalar_decays(g, docs, c, state.dtype)
@@ -45,13 +46,13 @@ def delta_rule(
     # inside every chunk, all at once
     A = jnp.tril(beta[..., :, None] * kk * D, -1)
     T = unit_lower_inverse(A) * beta[..., None, :]
-    W, U, P = dot(T, scale(k, decays.enter)), dot(T, v), qk * D
+    W, U, P = full(T, scale(k, decays.enter)), full(T, v), qk * D
 
     # from chunk to chunk
     def across(S, now):
         through, k, W, U = now
-        R = U - dot(W, S)
-        return scale(S, through) + dot(k.mT, R), (S, R)
+        R = U - full(W, S)
+        return scale(S, through) + full(k.mT, R), (S, R)
 
     state, (S, R) = chunks.scan_chunks(across, state, (decays.through, scale(k, decays.leave), W, U))
-    return chunks.merge(dot(scale(q, decays.enter), S) + dot(P, R), t), state
+    return chunks.merge(full(scale(q, decays.enter), S) + full(P, R), t), state

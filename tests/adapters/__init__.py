@@ -64,6 +64,24 @@ def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, cotangen
     return jax.jit(both, compiler_options=QUICK_COMPILE if jax.default_backend() == "cpu" else None)(inputs, cotangents)
 
 
+def recurrence(
+    implementations: Iterable[str],
+    call: Callable[[dict[str, jax.Array], str], tuple[jax.Array, jax.Array]],
+    inputs: dict[str, jax.Array],
+    arrays: Arrays,
+) -> Results:
+    """out_o and out_final_state, which `call(inputs, implementation)` gives, and the gradients of sum(o do) +
+    sum(final_state dht)."""
+    cotangents = given(arrays, "do", "dht")
+
+    def compute(implementation: str) -> Results:
+        run = lambda a: (dict(zip(("do", "dht"), call(a, implementation), strict=True)), {})  # noqa: E731
+        out, _, grads = value_and_grads(run, inputs, cotangents)
+        return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
+
+    return each(implementations, compute)
+
+
 def each(labels: Iterable[str], compute: Callable[[str], Results]) -> Results:
     """The results of `compute(label)` for every label, together under each array's name."""
     runs = {label: compute(label) for label in labels}

@@ -8,25 +8,18 @@ import numpy as np
 from memjax.in_state.gated_delta_net import GatedDeltaNet
 from memjax.memory import How
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
-from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, value_and_grads
+from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, recurrence, value_and_grads
 
 
 def op(arrays: Arrays, cfg: dict) -> Results:
-    """out_o, out_final_state and the gradients of sum(o do) + sum(final_state dht)."""
     expect("delta_rule", cfg, qk_l2norm=False)
+
+    def call(a, implementation):
+        qkv_beta = a["q"] * cfg["scale"], a["k"], a["v"], a["beta"]
+        return delta_rule(*qkv_beta, a.get("g"), initial_state=a["h0"], implementation=implementation)
+
     inputs = given(arrays, "q", "k", "v", "beta", "h0", optional=("g",))
-    cotangents = given(arrays, "do", "dht")
-
-    def compute(implementation: str) -> Results:
-        def run(a):
-            qkv_beta = a["q"] * cfg["scale"], a["k"], a["v"], a["beta"]
-            o, final_state = delta_rule(*qkv_beta, a.get("g"), initial_state=a["h0"], implementation=implementation)
-            return {"do": o, "dht": final_state}, {}
-
-        out, _, grads = value_and_grads(run, inputs, cotangents)
-        return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
-
-    return each(IMPLEMENTATIONS, compute)
+    return recurrence(IMPLEMENTATIONS, call, inputs, arrays)
 
 
 def layer(arrays: Arrays, cfg: dict) -> Results:

@@ -8,26 +8,17 @@ import numpy as np
 from memjax.in_state.gla import GatedLinearAttention
 from memjax.memory import How
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
-from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, value_and_grads
+from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, recurrence, value_and_grads
 
 
 def op(arrays: Arrays, cfg: dict) -> Results:
-    """out_o, out_final_state and the gradients of sum(o do) + sum(final_state dht)."""
+
+    def call(a, implementation):
+        qkv, log_decay = (a["q"] * cfg["scale"], a["k"], a["v"]), a.get("g", a.get("gk"))
+        return linear_attention(*qkv, log_decay, initial_state=a["h0"], implementation=implementation)
+
     inputs = given(arrays, "q", "k", "v", "h0", optional=("g", "gk"))
-    cotangents = given(arrays, "do", "dht")
-
-    def compute(implementation: str) -> Results:
-        def run(a):
-            log_decay = a.get("g", a.get("gk"))
-            o, final_state = linear_attention(
-                a["q"] * cfg["scale"], a["k"], a["v"], log_decay, initial_state=a["h0"], implementation=implementation
-            )
-            return {"do": o, "dht": final_state}, {}
-
-        out, _, grads = value_and_grads(run, inputs, cotangents)
-        return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
-
-    return each(IMPLEMENTATIONS, compute)
+    return recurrence(IMPLEMENTATIONS, call, inputs, arrays)
 
 
 def plain_and_normalised(arrays: Arrays, cfg: dict) -> Results:

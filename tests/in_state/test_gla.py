@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 
 from memjax.in_state.gla import GatedLinearAttention
+from tests.in_state.layer import apply, inputs, sigmoid
 
 SMALL = GatedLinearAttention(dim=8, heads=2, gate_low_rank_dim=3)
-apply = jax.jit(lambda memory, *args: memory.apply(*args), static_argnums=0)
-
-
-def inputs(memory, t=7, batch=2):
-    keys = jax.random.split(jax.random.key(0), 2)
-    return memory.init(keys[0]), memory.init_state(batch), jax.random.normal(keys[1], (batch, t, memory.dim))
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def paper(memory, params, x, decay=True):

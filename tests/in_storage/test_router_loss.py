@@ -79,3 +79,8 @@ def test_any_leading_axes():
     np.testing.assert_array_equal(
         losses(np.stack([SCORES, SCORES]), np.stack([POSITIVE] * 2))[1], losses(SCORES, POSITIVE)
     )
+
+
+def test_an_unknown_method_is_refused(as_user):
+    with pytest.raises(ValueError, match="method is 'INFONCE_DECOUPLE', needs one of"):
+        router_loss(jnp.zeros((1, 2)), jnp.ones((1, 2), bool), method="INFONCE_DECOUPLE")  # type: ignore[arg-type]

@@ -198,5 +198,7 @@ def test_data_that_ends_or_cannot_be_resumed(tmp_path):
         run(tmp_path, data=[next(Rows())])
     with pytest.raises(ConfigError, match="config is None, needed with directory"):
         run(tmp_path, config=None)
+    with pytest.raises(ConfigError, match="save_every is 0"):
+        run(tmp_path, save_every=0)
     with pytest.raises(ConfigError, match="log_every is 0"):
         run(log_every=0)

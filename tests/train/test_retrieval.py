@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from memjax.combinators import Repeat, Residual, Stack
+from memjax.data import generated
+from memjax.errors import CheckpointError
 from memjax.in_context.canon import Canon
 from memjax.in_storage.msa import MSA
 from memjax.lm.model import LanguageModel
-from memjax.train.retrieval import PUBLISHED, TOGETHER, retrieval_loss
+from memjax.train.retrieval import PUBLISHED, TOGETHER, fit_phases, retrieval_loss
 from pallas_kernels.compat import QUICK_COMPILE
 
 V = 13
@@ -113,3 +115,18 @@ def test_routers_learn_from_it():
 @pytest.mark.parametrize("phases", [PUBLISHED, TOGETHER])
 def test_phases_share_all_the_steps(phases):
     assert sum(p.share for p in phases) == 1.0
+
+
+def test_phases_follow_each_other_and_know_their_settings(tmp_path, standard_promotion):
+    def train(rate):
+        return fit_phases(
+            MODEL, PARAMS, lambda phase: generated(lambda rng: batch(), seed=phase), steps=4, key=jax.random.key(1),
+            learning_rate=rate, directory=tmp_path, log_every=1,
+        )  # fmt: skip
+
+    result = train(0.01)
+    assert result.step == 2 and [len((tmp_path / f"phase-{i}/metrics.jsonl").read_text().split()) for i in (0, 1)]
+    again = train(0.01)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, result.params))
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        train(0.02)
