@@ -72,6 +72,7 @@ class Decays(NamedTuple):
 
 
 def scale(x: Array, factor: Array | None) -> Array:
+    """x with every row times its factor."""
     return x if factor is None else x * factor
 
 

@@ -19,6 +19,8 @@ from pallas_kernels.short_conv import IMPLEMENTATIONS
 
 
 class CanonState(NamedTuple):
+    """What the next call reads of this one."""
+
     conv: Float[Array, "b w d"]  # the rows before the convolution, oldest first
 
 

@@ -29,6 +29,8 @@ from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
 class GatedDeltaNetState(NamedTuple):
+    """What was read so far."""
+
     S: Float[Array, "b h k v"]  # float32, the associations
     conv: Float[Array, "b w c"]  # float32, the last conv_size - 1 rows of q, k, v before the convolution
 

@@ -30,6 +30,8 @@ from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
 class GatedLinearAttentionState(NamedTuple):
+    """What was read so far."""
+
     S: Float[Array, "b h k v"]  # float32, the associations
     conv: Float[Array, "b w c"] | tuple[()] = ()  # float32, the last conv_size - 1 rows of q, k, v; () without one
 

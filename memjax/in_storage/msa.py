@@ -158,6 +158,8 @@ class MSAStore(NamedTuple):
 
 
 class MSAState(NamedTuple):
+    """The store, the rows' own tokens, and what each row chose."""
+
     store: MSAStore
     ring: Ring
     k: Float[Array, "b s g d"]  # the chunks of the chosen documents

@@ -52,14 +52,18 @@ class Case(NamedTuple):
 
 
 def apply(memory, how, params, state, x, ids, valid, start):
+    """One call with everything given."""
     return memory.apply(params, state, x, ids=ids, valid=valid, start=start, how=how)
 
 
 def write(memory, how, params, state, x, ids, valid, start):
+    """Documents into the store."""
     return memory.write(params, state, x, ids=ids, valid=valid, start=start, how=how)
 
 
 def scan_of_step(memory, how, params, state, x, ids, valid, start):
+    """The same call, token by token."""
+
     def one(state, now):
         x, ids, valid, start = now
         y, state = memory.step(params, state, x, ids=ids, valid=valid, start=start, how=how)
@@ -205,6 +209,7 @@ class Bench:
 
 
 def has_dtype(memory: Memory) -> bool:
+    """Whether a memory is told its compute dtype by a field."""
     return memory.takes_ids and any(f.name == "dtype" for f in dataclasses.fields(memory))
 
 

@@ -36,33 +36,41 @@ def same(got, want, what: str, where: str = "", valid=None, *, error: float = FL
 
 
 def same_state(got, want, where: str = "", *, error: float = FLOAT32, label: str = "state") -> None:
+    """Raise Broken where two states differ by more than rounding."""
     for (name, a), b in zip(named(got, label), jax.tree.leaves(want), strict=True):
         same(a, b, name, where, error=error, places=())
 
 
 def named(tree, label: str = "state"):
+    """(path, leaf) of a tree."""
     return [(path_name(path, label), a) for path, a in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def path_name(path, label: str) -> str:
+    """A path as one reads it."""
     return ".".join([label, jax.tree_util.keystr(path, simple=True, separator=".")]).rstrip(".")
 
 
 def beside(mask, like):
+    """A mask with axes added to stand beside `like`."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def to_numpy(tree):
+    """A tree with numpy leaves."""
     return jax.tree.map(np.asarray, tree)
 
 
 def is_float(a) -> bool:
+    """Whether an array holds floats."""
     return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def rms(a) -> float:
+    """Root mean square."""
     return float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))) if a.size else 0.0
 
 
 def count(n: int, what: str) -> str:
+    """A number with its noun."""
     return f"{n} {what}{'' if n == 1 else 's'}"

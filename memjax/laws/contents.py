@@ -31,6 +31,7 @@ from memjax.memory import How, Memory
 
 
 def split(bench: Bench, case: Case) -> str:
+    """apply on x is apply on its pieces with the state carried over."""
     y, state = bench.run(apply, case)
     if case.valid.all() and not case.start.any():  # without masks, in shapes of their own
         y1, s = bench.run(apply, case, cut=slice(0, CUT))
@@ -47,6 +48,7 @@ def split(bench: Bench, case: Case) -> str:
 
 
 def step(bench: Bench, case: Case) -> str:
+    """apply is a scan of step."""
     y, state = bench.run(apply, case)
     y1, s = bench.run(scan_of_step, case)
     same(y1, y, "y", valid=case.valid)
@@ -55,6 +57,7 @@ def step(bench: Bench, case: Case) -> str:
 
 
 def causal(bench: Bench, case: Case) -> str:
+    """An output does not change when later tokens do."""
     y, _ = bench.run(apply, case)
     for t in range(1, T):
         rng, later = np.random.default_rng(t), np.broadcast_to(np.arange(T) >= t, (B, T))
@@ -65,6 +68,7 @@ def causal(bench: Bench, case: Case) -> str:
 
 
 def batch(bench: Bench, case: Case) -> str:
+    """Each row is what it is alone."""
     y, state = bench.run(apply, case)
     begin = bench.fresh if case.fresh else bench.warm
     for r in range(B):
@@ -77,6 +81,7 @@ def batch(bench: Bench, case: Case) -> str:
 
 
 def padding(bench: Bench, case: Case) -> str:
+    """Invalid tokens change neither the state nor a valid output."""
     y, state = bench.run(apply, poisoned := poison(bench.memory, case))
     if not np.isfinite(y).all():
         r, t = np.argwhere(~np.isfinite(y))[0][:2]
@@ -97,6 +102,7 @@ def padding(bench: Bench, case: Case) -> str:
 
 
 def packing(bench: Bench, case: Case) -> str:
+    """Packed documents are the documents one by one."""
     y, state = bench.run(apply, case)
     rows = bench.join(bench.fresh if case.fresh else bench.warm, bench.fresh)
     documents = []  # row, first and last token, the row it begins with
@@ -119,6 +125,7 @@ def packing(bench: Bench, case: Case) -> str:
 
 
 def gradients(bench: Bench, case: Case) -> str:
+    """Finite, equal to finite differences and to those through the scan of step."""
     case = poison(bench.memory, case)
     _, _, _, grads = bench.grade(apply, case, dtype=np.float64)
     for name, g in grads.items():
@@ -152,6 +159,7 @@ def gradients(bench: Bench, case: Case) -> str:
 
 
 def precision(bench: Bench, case: Case) -> str:
+    """bfloat16 in, bfloat16 out, near float32."""
     m = bench.memory
     if m.takes_ids and not has_dtype(m):
         raise NotApplicable("it takes token ids and has no field dtype")
@@ -170,6 +178,7 @@ def precision(bench: Bench, case: Case) -> str:
 
 
 def kernels(bench: Bench, case: Case) -> str:
+    """Every implementation is "reference"."""
     here = [n for n in bench.memory.implementations if not n.startswith("pallas_") or n.endswith(jax.default_backend())]
     others = [n for n in here if n != "reference"]
     if not others:
@@ -186,6 +195,7 @@ def kernels(bench: Bench, case: Case) -> str:
 
 
 def sharded(bench: Bench, case: Case) -> str:
+    """Rows and sequence over devices give the result of one."""
     from memjax.parallel import make_mesh, sequence_parallel  # not needed by the other laws
 
     n = next((n for n in (4, 2) if len(jax.devices()) >= n), 1)

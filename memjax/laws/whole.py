@@ -18,6 +18,7 @@ from memjax.memory import How, config_hash, from_config, to_config
 
 
 def bounded(bench: Bench) -> str:
+    """Shapes, dtypes and bytes stay; growth is at most linear."""
     m, state = bench.memory, bench.warm
     held = sum(a.nbytes for a in jax.tree.leaves(state))
     if held != m.state_bytes(B):
@@ -35,6 +36,7 @@ def bounded(bench: Bench) -> str:
 
 
 def saved(bench: Bench) -> str:
+    """Configuration, parameters and state survive the disk."""
     m = bench.memory
     try:
         again = from_config(json.loads(json.dumps(to_config(m))))
@@ -64,6 +66,7 @@ def saved(bench: Bench) -> str:
 
 
 def transformed(bench: Bench) -> str:
+    """jit, vmap, grad, scan, remat and eval_shape work, without retracing."""
     m, (one, two) = bench.memory, (bench.contents(), bench.contents())
     want = bench.run(apply, one), bench.run(apply, two)
     before = bench.traces
