@@ -3,6 +3,7 @@
 #   make demo       the needle bank: what this library is for, in a few minutes on a CPU
 #   make test       the test suite; ARGS="-n 4" or ARGS="tests/test_laws.py -k gla" go to pytest
 #   make check      lint, format, types
+#   make peers      what `memjax bench ops` is timed beside, in an environment of its own (.venv-peers)
 #   make notebooks  executes notebooks/*.py, written to build/notebooks as .ipynb
 #   make clean      removes what was made
 #
@@ -13,7 +14,7 @@ VENV ?= .venv
 ARGS ?=
 IN_VENV = $(VENV)/bin/python
 
-.PHONY: setup demo test check notebooks clean
+.PHONY: setup demo test check peers notebooks clean
 
 setup: $(VENV)/.installed
 
@@ -37,10 +38,22 @@ check: setup
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m pyright --pythonpath $(IN_VENV)
 
+peers: .venv-peers/.installed
+
+# fla-core is flash-linear-attention without its models. --no-deps and no triton: on CPUs only its naive forms are run,
+# which need torch and einops. On Linux pip brings torch with CUDA; for one without, set PIP_INDEX_URL to PyTorch's
+# index of CPU wheels.
+.venv-peers/.installed: Makefile
+	@echo "Installing PyTorch and flash-linear-attention into .venv-peers (1 GB or more, some minutes, once) ..."
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 einops==0.8.2 numpy
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check --no-deps fla-core==0.6.0
+	@touch $@
+
 notebooks: setup
 	@rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.py build/notebooks
 	$(IN_VENV) -m jupytext --quiet --to ipynb --set-kernel python3 build/notebooks/*.py
 	PYTHONPATH=$(CURDIR) $(IN_VENV) -m pytest --nbmake --overwrite build/notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv313 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv313 .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -408,8 +408,9 @@ def main(config: Config) -> dict[str, Any]:
 
     if config.device:
         jax.config.update("jax_platforms", config.device)
-    from experiments import record
+    from experiments import RECORDS
     from memjax.lm.files import ReadingSettings, save_model
+    from memjax.record import write_record
 
     device = jax.devices()[0]
     print(f"{device.platform} x {jax.device_count()} ({device.device_kind}), jax {jax.__version__}", flush=True)
@@ -444,7 +445,7 @@ def main(config: Config) -> dict[str, Any]:
         return body
     from memjax import plots
 
-    path = record.write("needle_bank", body, record.FOLDER if config.record else config.output)
+    path = write_record("needle_bank", body, RECORDS if config.record else config.output)
     plots.plot_needle_bank(path, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
     print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} '{planted[0][1][0].question}'")

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.record import FOLDER
+from experiments import RECORDS
 from memjax.catalog import CATALOG, PLACES
 
 ROOT = Path(__file__).parents[1]
-README, PICTURE = ROOT / "README.md", FOLDER / "needle_bank.png"
+README, PICTURE = ROOT / "README.md", RECORDS / "needle_bank.png"
 COMMAND = "python -m experiments.needle_bank --seeds 0 1 2 --record"
 GROWS = {"in_state": "no", "in_context": "up to its window", "in_storage": "with each document", "in_weights": "no"}
 
@@ -90,13 +90,13 @@ def needle_bank(record: dict[str, Any] | None) -> str:
     return table(("tokens", "documents", "recall@4 by router layer", "answers", "drop"), rows) + "\n\n" + source
 
 
-def newest(folder: Path = FOLDER) -> dict[str, Any] | None:
+def newest(folder: Path = RECORDS) -> dict[str, Any] | None:
     """The newest record of the needle bank, with its file's "name"; None if there is none."""
     records = [{**json.loads(path.read_text()), "name": path.name} for path in folder.glob("needle_bank-*.json")]
     return max(records, key=lambda record: (record["date"], record["name"]), default=None)
 
 
-def redraw(text: str, folder: Path = FOLDER) -> str:
+def redraw(text: str, folder: Path = RECORDS) -> str:
     """The README with every block drawn anew. Raises SystemExit naming a block that it lacks."""
     record = newest(folder)
     blocks: dict[str, Callable[[], str]] = {
@@ -126,7 +126,7 @@ def main() -> None:
     from memjax.plots import plot_needle_bank
 
     if record := newest():
-        plot_needle_bank(FOLDER / record["name"], PICTURE)
+        plot_needle_bank(RECORDS / record["name"], PICTURE)
     README.write_text(redraw(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{README.name}: {len(CATALOG)} memories, record {record['name'] if record else 'none'}")
 

@@ -81,13 +81,6 @@ def expand(m: Array, like: Array) -> Array:
     return m.reshape(m.shape + (1,) * (like.ndim - m.ndim))
 
 
-def mask(valid: Bool[Array, "b t"] | None, *arrays: Array) -> Any:
-    """Zero the invalid rows: k = v = beta = log_decay = 0 is an exact no-op of every linear recurrence."""
-    if valid is not None:
-        arrays = tuple(jnp.where(expand(valid, a), a, jnp.zeros((), a.dtype)) for a in arrays)
-    return arrays[0] if len(arrays) == 1 else arrays
-
-
 def segments(start: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b t"]:
     """Number of documents begun in the call up to each token; 0 is the document that was open before it."""
     return jnp.zeros((b, t), jnp.int32) if start is None else jnp.cumsum(start, 1, dtype=jnp.int32)

@@ -1,11 +1,12 @@
 """What the chunked forms of the recurrences share: chunks, decays between two tokens, documents inside a chunk.
 
-A decay between two tokens is the exponential of a sum of the log decays between them. It is never the difference of
-two cumulative sums: after many steps of -20 such a difference has lost the digits of a step of -0.01, here they are all
-kept. No exponent is positive if no log decay is.
+A decay between two tokens is a product of exponentials of sums of the log decays between them. It is never the
+difference of two cumulative sums: after many steps of -20 such a difference has lost the digits of a step of -0.01,
+here they are all kept. No exponent is positive if no log decay is.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.compat import match_varying
-from pallas_kernels.triangular import join_blocks
+from pallas_kernels.scan import beside
+from pallas_kernels.triangular import halves, join_blocks
+
+SPAN = 8
+"""Chunks that are computed side by side, before the next SPAN of them. Only inputs, outputs and the states between
+spans are kept for the backward pass, which computes each span again: more chunks cost more memory."""
 
 
 def chunk_length(t: int, chunk_size: int) -> int:
@@ -21,54 +27,152 @@ def chunk_length(t: int, chunk_size: int) -> int:
     return min(chunk_size, 1 << (t - 1).bit_length())
 
 
+Span = Callable[[Array, Any, Array | None], tuple[Array, Array]]
+
+
+def scan_spans(span: Span, state: Array, inputs: Any, start: Array | None, c: int) -> tuple[Array, Array]:
+    """Runs `span(state, inputs, start) -> (state, o)` over time, SPAN chunks of c tokens at a time: (o, final state).
+
+    inputs: a tree of floats [b t ...]. span sees a t that is a multiple of c, filled up with zeros, and holds no array.
+
+    Backward, span by span from the last: each is computed again from the state that entered it.
+    """
+    t = jax.tree.leaves(inputs)[0].shape[1]
+    chunks = -(-t // c)
+    length = -(-chunks // -(-chunks // SPAN)) * c
+    state, inputs, start = match_varying((state, inputs, start))
+    if fill := -t % length:
+        inputs, start = jax.tree.map(
+            lambda x: jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2)), (inputs, start)
+        )
+    if t <= length:
+        state, o = span(state, inputs, start)
+    else:
+        o, state = _scan_spans(span, length, state, inputs, start)
+    return o[:, :t], state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan_spans(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> tuple[Array, Array]:
+    return _forward(span, length, state, inputs, start)[0]
+
+
+def _forward(span, length, state, inputs, start):
+    spans = jax.tree.leaves(inputs)[0].shape[1] // length
+
+    def turn(i, held):
+        state, o, entered = held
+        after, now = span(state, *_cut((inputs, start), i, length))
+        return after, _paste(o, now, i * length), lax.dynamic_update_index_in_dim(entered, state, i, 0)
+
+    o = jax.eval_shape(span, state, *_cut((inputs, start), 0, length))[1]
+    o = jnp.zeros((o.shape[0], spans * length, *o.shape[2:]), o.dtype)
+    entered = jnp.zeros((spans, *state.shape), state.dtype)
+    state, o, entered = lax.fori_loop(0, spans, turn, match_varying((state, o, entered), inputs))
+    return (o, state), (entered, inputs, start)
+
+
+def _backward(span, length, kept, cotangents):
+    entered, inputs, start = kept
+    do, dstate = cotangents
+
+    def turn(turns, held):
+        i = entered.shape[0] - 1 - turns
+        dstate, dinputs = held
+        now, begins = _cut((inputs, start), i, length)
+        state = lax.dynamic_index_in_dim(entered, i, 0, keepdims=False)
+        _, vjp = jax.vjp(lambda state, now: span(state, now, begins), state, now)
+        dstate, dnow = vjp((dstate, *_cut((do,), i, length)))
+        return dstate, jax.tree.map(lambda x, dx: _paste(x, dx, i * length), dinputs, dnow)
+
+    held = match_varying((dstate, jax.tree.map(jnp.zeros_like, inputs)), do, kept)
+    return *lax.fori_loop(0, entered.shape[0], turn, held), None
+
+
+_scan_spans.defvjp(_forward, _backward)
+
+
+def _cut(tree: Any, i: Array | int, length: int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * length, length, 1), tree)
+
+
+def _paste(x: Array, part: Array, at: Array | int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, part, at, 1)
+
+
 def split(x: Array, c: int) -> Array:
-    """[b t h ...] to chunks [n b h c ...], the last one filled up with zeros."""
-    b, t = x.shape[:2]
-    n = -(-t // c)
-    x = jnp.pad(x, ((0, 0), (0, n * c - t)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(b, n, c, *x.shape[2:]), (1, 3), (0, 2))
+    """[b t h ...] to chunks [n b h c ...]; t is a multiple of c."""
+    x = x.reshape(x.shape[0], -1, c, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
-def merge(x: Array, t: int) -> Array:
+def merge(x: Array) -> Array:
     """Chunks [n b h c ...] to [b t h ...]."""
     x = jnp.moveaxis(x, (0, 2), (1, 3))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def matmul_for(dtype: Any) -> Callable[[Array, Array], Array]:
-    """The product of accumulated arrays, given the dtype of the inputs.
+def precision_for(dtype: Any) -> lax.Precision:
+    """Of products, given the dtype of the inputs: full where they are float32 or wider.
 
-    Full precision where they are float32 or wider. Inputs of 16 bits carry no more than the fast passes keep.
+    Inputs of 16 bits carry no more than the fast passes keep.
     """
-    precision = lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else lax.Precision.DEFAULT
-    return lambda x, y: jnp.matmul(x, y, precision=precision)
+    return lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else lax.Precision.DEFAULT
 
 
-class Documents(NamedTuple):
-    """Which document each row of a chunk belongs to, as masks that broadcast over heads."""
+def factors(log_decay: Array | None, start: Array | None, c: int, dtype: Any) -> Array | None:
+    """e^{log_decay} in chunks [n b h c 1|k], 0 where a document begins; None where it is always 1.
 
-    same: Array  # [n b 1 c c] bool, rows r and i are of one document
-    entered: Array  # [n b 1 c 1] bool, the row is of the document that was open when the chunk began
-    leaving: Array  # [n b 1 c 1] bool, the row is of the document still open when the chunk ends
-    whole: Array  # [n b 1 1 1] bool, no document begins inside the chunk
-
-
-def documents(start: Array | None, c: int) -> Documents | None:
-    """start [b t] bool, True where a document begins."""
-    if start is None:
-        return None
-    number = jnp.cumsum(split(start[:, :, None], c), axis=-1, dtype=jnp.int32)  # [n b 1 c]
-    first, last = number == 0, number == number[..., -1:]
-    same = number[..., :, None] == number[..., None, :]
-    return Documents(same, first[..., None], last[..., None], first[..., -1:, None])
+    A factor of 0 is all that a document's border needs: every decay across it is a product with that factor in it.
+    """
+    if log_decay is None:
+        return None if start is None else split(1 - start[:, :, None, None].astype(dtype), c)
+    a = jnp.exp(log_decay.astype(dtype))
+    a = a[..., None] if a.ndim == 3 else a
+    return split(a if start is None else jnp.where(beside(start, a), jnp.zeros_like(a), a), c)
 
 
 class Decays(NamedTuple):
-    """Decay factors at the borders of a chunk; None is a factor of 1. They are 0 where a document begins in between."""
+    """The decay from one place of a chunk to another, as products of factors; None is a decay of 1.
 
-    enter: Array | None  # e^{G_r}, from the entering state to row r, [n b h c 1|k]
-    leave: Array | None  # e^{G_C - G_i}, from row i to the leaving state, [n b h c 1|k]
-    through: Array | None  # e^{G_C}, from the entering to the leaving state, [n b h 1|k 1]
+    levels: for b = 1, 2, 4, ..., c / 2 and every pair of neighbouring blocks of size b: from the border between them
+      to the rows of the second block, and from the rows of the first to the border, [nbh c/2b b 1|k].
+    enter: from the entering state to row r; leave: from row i to the leaving state, both [n b h c 1|k].
+    through: from the entering to the leaving state, [n b h 1|k 1].
+    """
+
+    levels: Sequence[tuple[Array, Array]]
+    enter: Array | None
+    leave: Array | None
+    through: Array | None
+
+
+def decays(a: Array | None) -> Decays:
+    """a [n b h c 1|k], the factor of each row."""
+    if a is None:
+        return Decays((), None, None, None)
+    levels = []
+    enter, leave, total = _flat(a), jnp.ones_like(_flat(a)), _flat(a)  # the products inside blocks of one row
+    while total.shape[1] > 1:
+        total0, total1 = halves(total, 1)
+        enter0, enter1 = _pairs(enter, total0.shape[1])
+        leave0, leave1 = _pairs(leave, total0.shape[1])
+        levels.append((enter1, leave0))
+        enter = jnp.stack([enter0, enter1 * total0[:, :, None]], 2).reshape(enter.shape)
+        leave = jnp.stack([leave0 * total1[:, :, None], leave1], 2).reshape(leave.shape)
+        total = total0 * total1
+    return Decays(levels, enter.reshape(a.shape), leave.reshape(a.shape), total.reshape(*a.shape[:3], -1, 1))
+
+
+def _flat(x: Array) -> Array:
+    """[n b h ...] to [nbh ...]: with jax 0.10.2 the CPU backend crashes in large sums over arrays of 7 axes."""
+    return x.reshape(-1, *x.shape[3:])
+
+
+def _pairs(x: Array, pairs: int) -> tuple[Array, Array]:
+    """Rows [nbh c x] as pairs of blocks, the first and the second of each, [nbh pairs b x]."""
+    x = x.reshape(x.shape[0], pairs, 2, -1, x.shape[-1])
+    return x[:, :, 0], x[:, :, 1]
 
 
 def scale(x: Array, factor: Array | None) -> Array:
@@ -76,66 +180,43 @@ def scale(x: Array, factor: Array | None) -> Array:
     return x if factor is None else x * factor
 
 
-def _borders(G: Array, tail: Array, docs: Documents | None) -> Decays:
-    """From G_r and G_C - G_i, both [n b h c 1|k]."""
-    enter, leave, through = jnp.exp(G), jnp.exp(tail), jnp.exp(G[..., -1, :])[..., None]
-    if docs is None:
-        return Decays(enter, leave, through)
-    return Decays(_where(docs.entered, enter), _where(docs.leaving, leave), _where(docs.whole, through))
+def before(enter: Array) -> Array:
+    """Decays up to the row before each row, given those up to each row: 1 and then all but the last."""
+    return jnp.concatenate([jnp.ones_like(enter[..., :1, :]), enter[..., :-1, :]], -2)
 
 
-def _where(mask: Array, x: Array) -> Array:
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+def decay_matrix(decays: Decays, c: int, dtype: Any) -> Array:
+    """The decay D[r, i] from row i to row r, 0 for i > r, of factors for a whole row: [n b h c c].
 
-
-def scalar_decays(log_decay: Array | None, docs: Documents | None, c: int, dtype: Any) -> tuple[Array, Decays]:
-    """log_decay [n b h c] or None: the decay D [n b h c c] from row i to row r, 0 for i > r, and those at the borders.
-
-    Axes of D that would repeat one value have size 1.
+    Axes that would repeat one value have size 1.
     """
-    causal = jnp.tri(c, dtype=jnp.bool)[None, None, None]
-    seen = causal if docs is None else causal & docs.same
-    if log_decay is None:
-        borders = (None, None, None) if docs is None else (docs.entered, docs.leaving, docs.whole)
-        return seen.astype(dtype), Decays(*(mask if mask is None else mask.astype(dtype) for mask in borders))
-    # between[r, i] = sum of g_j over i < j <= r; 0 above the diagonal, so that exp is safe there before the mask
-    after = _where(jnp.tri(c, k=-1, dtype=jnp.bool)[None, None, None], log_decay[..., :, None])
-    between = jnp.matmul(jnp.tri(c, dtype=dtype), after, precision=lax.Precision.HIGHEST)
-    D = _where(seen, jnp.exp(between))
-    G = between[..., :, 0] + log_decay[..., :1]
-    return D, _borders(G[..., None], between[..., -1, :, None], docs)
+    if decays.enter is None:
+        return jnp.tri(c, dtype=dtype)[None, None, None]
+    D = jnp.ones_like(_flat(decays.enter))[..., None]  # c blocks of one row
+    for to_rows, from_rows in decays.levels:
+        D0, D1 = halves(D, 1)
+        D = join_blocks(D0, to_rows * from_rows.mT, D1)
+    return D.reshape(*decays.enter.shape[:-1], c)
 
 
-def channel_decays(
-    q: Array, k: Array, log_decay: Array, docs: Documents | None, dot: Callable[[Array, Array], Array]
-) -> tuple[Array, Decays]:
-    """q, k, log_decay [n b h c k]: the scores P[r, i], 0 for i > r, and the decays at the borders.
+def channel_scores(
+    rows: Array, columns: Array, decays: Decays, dot: Callable[[Array, Array], Array], inclusive: bool = True
+) -> Array:
+    """sum over channels of row_r column_i times the decay from i to r, for i < r; 0 above the diagonal.
 
-    P[r, i] = sum over channels of q_r k_i e^{G_r - G_i} by binary halving: blocks of size b = 1, 2, 4, ... are joined
-    in pairs. A row r of the odd block sees a row i of the even block through the border between them: the decay from i
-    to the border times the decay from the border to r. So one matrix product scores all such pairs, with a decay per
-    channel, and every pair belongs to exactly one b.
+    rows, columns [n b h c k], with a factor for every channel. inclusive: the row is read after its own decay, and the
+    diagonal is row_r . column_r. Otherwise the row is read before its own decay, and the diagonal is 0.
+
+    By binary halving: blocks of size 1, 2, 4, ... are joined in pairs. A row of the second block sees a row of the
+    first through the border between them, so one product of matrices scores all pairs that meet at this border, and
+    every pair meets at exactly one.
     """
-    *lead, c, d = q.shape
-    P = jnp.sum(q * k, -1)[..., None, None]  # [... c 1 1], c blocks of one row
-    # sums of log decays inside a block, up to a row and after it
-    G, tail = log_decay[..., None, :], jnp.zeros_like(log_decay[..., None, :])
-    for b in (1 << level for level in range(c.bit_length() - 1)):
-        q1 = q.reshape(*lead, c // (2 * b), 2, b, d)[..., 1, :, :]
-        k0 = k.reshape(*lead, c // (2 * b), 2, b, d)[..., 0, :, :]
-        (P0, P1), (G0, G1), (tail0, tail1) = ((a[..., 0::2, :, :], a[..., 1::2, :, :]) for a in (P, G, tail))
-        P = join_blocks(P0, dot(q1 * jnp.exp(G1), (k0 * jnp.exp(tail0)).mT), P1)
-        G = jnp.concatenate([G0, G0[..., -1:, :] + G1], -2)
-        tail = jnp.concatenate([tail0 + G1[..., -1:, :], tail1], -2)
-    P, G, tail = P[..., 0, :, :], G[..., 0, :, :], tail[..., 0, :, :]
-    if docs is not None:
-        P = _where(docs.same, P)
-    return P, _borders(G, tail, docs)
-
-
-def scan_chunks(step: Callable[[Array, Any], tuple[Array, Any]], state: Array, chunks: Any) -> tuple[Array, Any]:
-    """lax.scan over the leading axis of chunks, without a loop for a single chunk."""
-    if jax.tree.leaves(chunks)[0].shape[0] == 1:
-        state, out = step(state, jax.tree.map(lambda a: a[0], chunks))
-        return state, jax.tree.map(lambda a: a[None], out)
-    return lax.scan(step, match_varying(state, chunks), chunks)
+    *lead, c, _ = rows.shape
+    rows, columns = _flat(rows), _flat(columns)
+    P = jnp.sum(rows * columns, -1) if inclusive else jnp.zeros_like(rows[..., 0])
+    P = P[..., None, None]  # c blocks of one row
+    for to_rows, from_rows in decays.levels:
+        (_, row1), (column0, _) = (_pairs(x, to_rows.shape[1]) for x in (rows, columns))
+        P0, P1 = halves(P, 1)
+        P = join_blocks(P0, dot(row1 * (to_rows if inclusive else before(to_rows)), (column0 * from_rows).mT), P1)
+    return P.reshape(*lead, c, c)

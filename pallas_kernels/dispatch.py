@@ -1,23 +1,110 @@
 """What every op does before its mathematics: choose an implementation, check its arguments, choose a dtype."""
 
-from collections.abc import Sequence
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
+
+from pallas_kernels.compat import match_varying
+from pallas_kernels.scan import beside
+
+Form = Callable[..., Any]
+
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+"""The implementation that is written for a platform, where an op has it."""
 
 SHORT = 16
 """Up to this many tokens None means the token recurrence: its program is several times smaller than that of the chunk
 form, and nothing is left to win from chunks."""
 
+MEASURED: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
+    (Path(__file__).parent / "measured_on_cpu.json").read_text(encoding="utf-8")
+)["forward"]
+"""For each op and variant the times of its forms, without a gradient, by tokens t and elements of state. Made by
+`python -m experiments.measure_forms`."""
 
-def choose(op: str, implementation: str | None, available: Sequence[str], default: str) -> str:
-    """The name of the implementation to run: `default` for None. A name that is not available raises ValueError."""
-    if implementation is None:
-        return default
-    if implementation not in available:
-        raise ValueError(f"{op}: implementation is {implementation!r}, needs None or one of {', '.join(available)}")
-    return implementation
+
+def run(
+    op: str, implementation: str | None, forms: Mapping[str, Form], args: tuple, *, t: int, size: int, **static: Any
+) -> Any:
+    """forms[implementation](*args, **static); None takes the form that was measured to be the fastest.
+
+    Args:
+      forms: by name, functions of a module, so that what was compiled of them is found again.
+      args: arrays, None, or trees of these. static: settings.
+      t: tokens. size: elements of the state, all rows together.
+
+    None picks by what is asked for. Up to SHORT tokens it is the recurrence. Beyond, where a gradient is taken, it is a
+    kernel of the platform or "xla", whose memory doesn't grow with t times the state; without a gradient CPUs follow
+    MEASURED. The platform is that which the program is lowered for, whatever devices this machine has. A form that
+    raises NotImplementedError leaves the work to the next; every other error is one. Only a custom VJP can tell whether
+    a gradient is taken, so there None has no forward-mode derivative: name "reference" for that.
+
+    Raises ValueError for a name that is not among the forms.
+    """
+    if implementation is not None:
+        if implementation not in forms:
+            raise ValueError(f"{op}: implementation is {implementation!r}, needs None or one of {', '.join(forms)}")
+        return forms[implementation](*args, **static)
+    if t <= SHORT:
+        return forms["reference"](*args, **static)
+    kernels = tuple((platform, forms[name]) for platform, name in KERNELS.items() if name in forms)
+    cpu = forms[fastest_on_cpu(op, t, size)]
+    return _by_platform(cpu, kernels, forms["xla"], tuple(sorted(static.items())))(*match_varying(args))
+
+
+@functools.cache
+def _by_platform(
+    cpu: Form, kernels: tuple[tuple[str, Form], ...], xla: Form, static: tuple[tuple[str, Any], ...]
+) -> Form:
+    """A function of the arguments: `cpu` on CPUs without a gradient, kernels on their platforms, `xla` elsewhere."""
+    cpu, xla = (functools.partial(form, **dict(static)) for form in (cpu, xla))
+    native = {platform: _or_else(functools.partial(form, **dict(static)), xla) for platform, form in kernels}
+
+    def gradient(*args: Any) -> Any:
+        return lax.platform_dependent(*args, **native, default=xla) if native else xla(*args)
+
+    @jax.custom_vjp
+    def run(*args: Any) -> Any:
+        return lax.platform_dependent(*args, cpu=cpu, **native, default=xla)
+
+    run.defvjp(lambda *args: jax.vjp(gradient, *args), lambda vjp, cotangents: vjp(cotangents))
+    return run
+
+
+def _or_else(form: Form, other: Form) -> Form:
+    def attempt(*args: Any) -> Any:
+        try:
+            return form(*args)
+        except NotImplementedError:
+            return other(*args)
+
+    return attempt
+
+
+def fastest_on_cpu(op: str, t: int, size: int) -> str:
+    """The form that was fastest without a gradient at the nearest of the shapes measured, by ratios of t and size."""
+    rows = MEASURED.get(op, ())
+    nearest = min(
+        rows,
+        key=lambda row: abs(math.log(row["t"] / t)) + abs(math.log(row["size"] / size)),
+        default={"milliseconds": {"xla": 0.0}},
+    )
+    return min(nearest["milliseconds"], key=nearest["milliseconds"].get)
+
+
+def keep(valid: Array | None, *arrays: Array | None) -> tuple[Array | None, ...]:
+    """The arrays [b t ...] with zeros where valid [b t] is False, whatever stands there; None stays None."""
+    if valid is None:
+        return arrays
+    return tuple(a if a is None else jnp.where(beside(valid, a), a, jnp.zeros_like(a)) for a in arrays)
 
 
 def check_shape(op: str, name: str, array: Array | None, *allowed: tuple[int, ...]) -> None:
@@ -37,6 +124,13 @@ def check_bool(op: str, name: str, array: Array | None) -> None:
     """Raises ValueError if an array that is given is not boolean."""
     if array is not None and array.dtype != jnp.bool:
         raise ValueError(f"{op}: {name} has dtype {array.dtype}, needs bool")
+
+
+def check_masks(op: str, shape: tuple[int, ...], **masks: Array | None) -> None:
+    """Raises ValueError if a mask that is given has another shape or is not boolean."""
+    for name, mask in masks.items():
+        check_shape(op, name, mask, shape)
+        check_bool(op, name, mask)
 
 
 def accumulator(*arrays: Array | None) -> DTypeLike:

@@ -107,13 +107,16 @@ MUTATIONS = (
     Mutation(
         "padding decays the state",
         GDN,
-        (("k, v, beta, log_decay = mask(valid, k, v, beta, log_decay)", "k, v, beta = mask(valid, k, v, beta)"),),
+        (
+            ("o, S = delta_rule(", "beta = beta if valid is None else beta * valid[..., None]\n    o, S = delta_rule("),
+            ('"valid": valid, ', ""),
+        ),
         {"gated_delta_net": "padding"},
     ),
     Mutation(
         "padding is written",
-        "memjax.layers:mask",
-        (("if valid is not None:", "if False:"),),
+        "pallas_kernels.dispatch:keep",
+        (("if valid is None:", "if True:"),),
         {"gla": "padding", "gated_delta_net": "padding"},
     ),
     Mutation(
@@ -217,7 +220,7 @@ MUTATIONS = (
     Mutation(
         "gradient stopped at the decay",
         GLA,
-        (("mask(valid, k, v, log_decay)", "mask(valid, k, v, jax.lax.stop_gradient(log_decay))"),),
+        (("(q, k, v, log_decay, **", "(q, k, v, jax.lax.stop_gradient(log_decay), **"),),
         {"gla": "gradients"},
     ),
     Mutation(

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 # stands for the module or the whole package; "memjax" alone is memjax/__init__.py, the shop window.
 LAYERS = [
     {"pallas_kernels"},
-    {"memjax.errors", "memjax.arrays"},
+    {"memjax.errors", "memjax.arrays", "memjax.record"},
     {"memjax.memory", "memjax.layers", "memjax.combinators", "memjax.parallel"},
     {"memjax.in_state", "memjax.in_context", "memjax.in_storage", "memjax.in_weights"},
     {"memjax.catalog", "memjax.laws"},
     {"memjax"},
-    {"memjax.data", "memjax.lm", "memjax.nnx", "memjax.plots", "memjax.tasks", "memjax.train"},
+    {"memjax.bench", "memjax.data", "memjax.lm", "memjax.nnx", "memjax.plots", "memjax.tasks", "memjax.train"},
     {"memjax.cli", "memjax.__main__"},
     {"experiments"},
 ]

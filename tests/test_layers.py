@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from memjax import layers
-from memjax.layers import Ring, attention, gate, l2_norm, linear, mask, positions, ring_append, rms_norm, rotary
+from memjax.layers import Ring, attention, gate, l2_norm, linear, positions, ring_append, rms_norm, rotary
 
 B, T, C = 2, 7, 3
 append = jax.jit(ring_append)
@@ -169,13 +169,6 @@ def test_the_dtype_of_x_is_kept_and_gates_are_wide():
     assert abs(float(linear(x, w, bias)[0, 0]) - exact) > 1e-5
     grads = jax.grad(lambda x, w: gate(x, w).sum(), (0, 1))(x, w)
     assert [a.dtype for a in grads] == [jnp.bfloat16, jnp.float32]
-
-
-def test_mask_zeroes_any_rank():
-    valid = jnp.array([[True, False]])
-    a, b = mask(valid, jnp.full((1, 2), jnp.nan).at[0, 0].set(1), jnp.ones((1, 2, 3, 4)))
-    assert a.tolist() == [[1, 0]] and b.sum((2, 3)).tolist() == [[12, 0]]
-    assert mask(None, a) is a
 
 
 def test_heads_split_and_merge():

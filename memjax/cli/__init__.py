@@ -1,4 +1,4 @@
-"""The command line: `memjax list | train | generate | bank build | bank ask | bank info`.
+"""The command line: `memjax list | train | generate | bank build | bank ask | bank info | bench ops`.
 
 One file a group of commands. A command is a dataclass, whose fields are its flags (tyro), with `run`. What computes is
 imported in `run`, so that `--help` is quick.
@@ -15,6 +15,7 @@ import tyro
 
 from memjax.cli import console
 from memjax.cli.bank import Bank
+from memjax.cli.bench import Bench
 from memjax.cli.generate import Generate
 from memjax.cli.listing import List
 from memjax.cli.train import Train
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; argv None takes the program's own arguments.
 
     Returns:
-      The exit code: 0, 2 where the input was refused (one line on standard error says why), 130 after Ctrl-C.
+      The exit code: 0, 1 where a check failed, 2 where the input was refused (one line on standard error says why),
+      130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = (
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Bank, tyro.conf.subcommand("bank")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
     try:
         command = tyro.cli(
@@ -53,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # tyro has printed the help or what is wrong with the arguments
         return end.code if isinstance(end.code, int) else 0
     try:
-        command.run()
+        code = command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as in `memjax list | head`; nor may Python's exit write to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (MemjaxError, OSError) as error:
         console.error(str(error))
         return 2
     except KeyboardInterrupt as interrupt:
         console.note(f"interrupted{'; ' if str(interrupt) else ''}{interrupt}")
         return 130
-    return 0
+    return code or 0

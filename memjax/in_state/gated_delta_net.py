@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import gate, heads, l2_norm, linear, mask, merge, rms_norm, row, short_conv
+from memjax.layers import gate, heads, l2_norm, linear, merge, rms_norm, row, short_conv
 from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
@@ -125,10 +125,8 @@ class GatedDeltaNet(Memory):
         log_decay = -jnp.exp(row(params["A_log"], dt)) * dt
         # S_t = e^g S_{t-1} + k u^T, o = k**-0.5 S^T q
         q = q * self.head_dim**-0.5
-        k, v, beta, log_decay = mask(valid, k, v, beta, log_decay)
-        o, S = delta_rule(
-            q, k, v, beta, log_decay, initial_state=state.S, start=start, implementation=how.implementation
-        )
+        recurrence = {"initial_state": state.S, "valid": valid, "start": start, "implementation": how.implementation}
+        o, S = delta_rule(q, k, v, beta, log_decay, **recurrence)
         # y = W_o (RMSNorm(o) * silu(x W_g))
         o = merge(rms_norm(o, params["norm"], self.norm_eps))
         if self.use_gate:

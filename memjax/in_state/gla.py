@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import gate, heads, linear, mask, merge, rms_norm, short_conv
+from memjax.layers import gate, heads, linear, merge, rms_norm, short_conv
 from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
@@ -150,10 +150,8 @@ class GatedLinearAttention(Memory):
         # S_t = diag(e^g) S_{t-1} + k v^T, o = k**-0.5 S^T q
         q = heads(q, self.heads) * self.k**-0.5
         k, v, log_decay = (jnp.repeat(heads(a, self.hkv), self.heads // self.hkv, 2) for a in (k, v, log_decay))
-        k, v, log_decay = mask(valid, k, v, log_decay)
-        o, S = linear_attention(
-            q, k, v, log_decay, initial_state=state.S, start=start, implementation=how.implementation
-        )
+        recurrence = {"initial_state": state.S, "valid": valid, "start": start, "implementation": how.implementation}
+        o, S = linear_attention(q, k, v, log_decay, **recurrence)
         # y = W_o (RMSNorm(o) * silu(x W_g))
         o = merge(rms_norm(o, params["norm"], self.norm_eps))
         if self.use_gate:

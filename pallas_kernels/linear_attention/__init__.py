@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import reference, xla
 
-IMPLEMENTATIONS = ("reference", "xla")
+FORMS = {"reference": reference.linear_attention, "xla": xla.linear_attention}
+IMPLEMENTATIONS = tuple(FORMS)
 
 
 def linear_attention(
@@ -17,6 +18,7 @@ def linear_attention(
     log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
     *,
     initial_state: Float[Array, "b h k v"] | None = None,
+    valid: Bool[Array, "b t"] | None = None,
     start: Bool[Array, "b t"] | None = None,
     chunk_size: int = 64,
     implementation: str | None = None,
@@ -30,12 +32,13 @@ def linear_attention(
         decays (linear attention). [b t h]: one decay per head (retention, Mamba-2). [b t h k]: one per key channel
         (GLA).
       initial_state: [b h k v], zeros by default.
-      start: [b t], True where the state is cleared before the token, so that packed documents don't see each other.
+      valid: [b t], False where a token is skipped: it changes nothing, whatever its q, k, v and log_decay are, and its
+        o is 0.
+      start: [b t], True where the state is cleared before the token, even one that is not valid, so that packed
+        documents don't see each other.
       chunk_size: tokens per chunk of the chunked forms, a power of two.
-      implementation: "reference" (a scan over tokens), "xla" (chunks, any device) or None: "reference" for at most
-        16 tokens, "xla" for more.
-
-    Padding is the caller's: k = v = 0 and log_decay = 0 at a token leave the state exactly as it is.
+      implementation: "reference" (a scan over tokens, the definition), "xla" (chunks, any device), or None: the
+        fastest for the shape and for what is asked for. "xla" and None have reverse-mode derivatives only.
 
     Returns:
       o [b t h v] in the dtype of v, and the state after the last token [b h k v]. The state is float32, or float64 if
@@ -58,15 +61,13 @@ def linear_attention(
     dispatch.check_shape(op, "v", v, (b, t, h, e))
     dispatch.check_shape(op, "log_decay", log_decay, (b, t, h), (b, t, h, d))
     dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
-    dispatch.check_shape(op, "start", start, (b, t))
-    dispatch.check_bool(op, "start", start)
+    dispatch.check_masks(op, (b, t), valid=valid, start=start)
     dispatch.check_chunk_size(op, chunk_size)
-    name = dispatch.choose(op, implementation, IMPLEMENTATIONS, "reference" if t <= dispatch.SHORT else "xla")
 
     dtype = dispatch.accumulator(q, k, v, log_decay, initial_state)
     state = jnp.zeros((b, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
-    if name == "reference":
-        o, state = reference.linear_attention(q, k, v, log_decay, state, start)
-    else:
-        o, state = xla.linear_attention(q, k, v, log_decay, state, start, chunk_size)
+    q, k, v, log_decay = dispatch.keep(valid, q, k, v, log_decay)
+    variant = op if log_decay is None or log_decay.ndim == 3 else f"{op} per channel"
+    args = (q, k, v, log_decay, state, start)
+    o, state = dispatch.run(variant, implementation, FORMS, args, t=t, size=state.size, chunk_size=chunk_size)
     return o.astype(v.dtype), state

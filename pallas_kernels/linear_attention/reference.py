@@ -8,9 +8,9 @@ from pallas_kernels.scan import scan_tokens
 
 
 def linear_attention(
-    q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None
+    q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None, **_: int
 ) -> tuple[Array, Array]:
-    """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
+    """Arrays as in the public op; state has the dtype to compute in. Settings of other forms are not read."""
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -10,7 +9,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.short_conv import reference, xla
 from pallas_kernels.short_conv.xla import taps as taps
 
-IMPLEMENTATIONS = ("reference", "xla")
+FORMS = {"reference": reference.short_conv, "xla": xla.short_conv}
+IMPLEMENTATIONS = tuple(FORMS)
 
 
 def short_conv(
@@ -31,12 +31,14 @@ def short_conv(
       weight: [w c], the last row belongs to the current token.
       cache: [b w-1 c], the last rows of x before this call, oldest first; zeros where the document has none. Rows
         are rounded to its dtype, inside the call too, so that cutting a sequence changes nothing.
-      valid: [b t], False where a token is skipped: it is no row of any other token and doesn't enter the cache, and
-        its y is arbitrary but finite, whatever x is there. Costs one gather there and one back.
+      valid: [b t], False where a token is skipped: it is no row of any other token and doesn't enter the cache,
+        whatever its x is (NaN too), and its y is 0. With it rows are gathered, without it they are slices.
       start: [b t], True where a document begins: rows before it read as 0, even if the token itself is not valid.
       bias: [c].
       activation: "silu" or None.
-      implementation: "reference" (a scan over tokens), "xla" (any device) or None: "xla".
+      implementation: "reference" (a scan over tokens, the definition), "xla" (any device), or None: "reference" for at
+        most 16 tokens, "xla" for more. "xla" has a derivative in reverse mode only, which keeps the arguments and
+        nothing else.
 
     Returns:
       y [b t c] in the dtype of x, summed in float32 (float64 if any array is), and the new cache.
@@ -57,11 +59,5 @@ def short_conv(
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}, needs None or 'silu'")
 
-    dtype = dispatch.accumulator(x, weight, cache, bias)
-    run = {"reference": reference.short_conv, "xla": xla.short_conv}[
-        dispatch.choose(op, implementation, IMPLEMENTATIONS, "xla")
-    ]
-    y, cache = run(x, weight.astype(dtype), cache, valid, start)
-    if bias is not None:
-        y = y + bias.astype(dtype)[None, None]
-    return (jax.nn.silu(y) if activation == "silu" else y).astype(x.dtype), cache
+    args = (x, weight, cache, valid, start, bias)
+    return dispatch.run(op, implementation, FORMS, args, t=t, size=x[:, 0].size, activation=activation)

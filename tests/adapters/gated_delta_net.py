@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule as an op (also without decay, DeltaNet), and the layer."""
+"""Gated DeltaNet, the layer."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ import numpy as np
 
 from memjax.in_state.gated_delta_net import GatedDeltaNet
 from memjax.memory import How
-from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
-from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, recurrence, value_and_grads
-
-
-def op(arrays: Arrays, cfg: dict) -> Results:
-    expect("delta_rule", cfg, qk_l2norm=False)
-
-    def call(a, implementation):
-        qkv_beta = a["q"] * cfg["scale"], a["k"], a["v"], a["beta"]
-        return delta_rule(*qkv_beta, a.get("g"), initial_state=a["h0"], implementation=implementation)
-
-    inputs = given(arrays, "q", "k", "v", "beta", "h0", optional=("g",))
-    return recurrence(IMPLEMENTATIONS, call, inputs, arrays)
+from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, value_and_grads
 
 
 def layer(arrays: Arrays, cfg: dict) -> Results:
@@ -64,4 +52,4 @@ def layer(arrays: Arrays, cfg: dict) -> Results:
     return each(memory.implementations, compute)
 
 
-SYSTEMS = {"delta_net": op, "gated_delta_net": op, "gated_delta_net_layer": layer}
+SYSTEMS = {"gated_delta_net_layer": layer}

@@ -1,13 +1,17 @@
 """short_conv and taps, against the token recurrence and against documents one by one."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
 
-from pallas_kernels.short_conv import IMPLEMENTATIONS, short_conv, taps
+from pallas_kernels.short_conv import IMPLEMENTATIONS, short_conv, taps, xla
 from tests.pallas_kernels.compare import assert_close, compiled
 
 B, C = 3, 5
@@ -27,8 +31,6 @@ def arrays(t, w, dtype=jnp.float32):
 def program(activation, implementation):
     def loss(arrays, valid, start):
         y, cache = short_conv(**arrays, valid=valid, start=start, activation=activation, implementation=implementation)
-        if valid is not None:
-            y = jnp.where(valid[..., None], y, jnp.zeros_like(y))
         return (y**2).sum() + (cache**3).sum(), {"y": y, "cache": cache}
 
     @compiled
@@ -53,6 +55,90 @@ def test_equals_reference(t, w, masks, implementation):
         activation = "silu" if t > 2 else None
         want = program(activation, "reference")(found, valid, start)
         assert_close(program(activation, implementation)(found, valid, start), want, {"": 1e-12})
+
+
+T = 37  # two blocks of 16 tokens in the backward, and a rest of 5
+
+
+@contextlib.contextmanager
+def float64_in_small_blocks():
+    """With the smallest blocks that the backward takes, so that short sequences have several."""
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(xla, "CPU_BLOCK", 1)
+        yield
+
+
+@functools.cache
+def loss_of(masks, implementation):
+    def loss(arrays, valid, start, cotangents):
+        masked = {"valid": valid, "start": start}
+        found = {name: mask for name, mask in masked.items() if name in masks}
+        out = short_conv(**arrays, **found, activation="silu", implementation=implementation)
+        return sum((a * b).sum() for a, b in zip(out, cotangents, strict=True))
+
+    return compiled(loss), compiled(jax.grad(loss))
+
+
+flags = st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=2, max_size=2)
+
+
+@pytest.mark.parametrize("masks", [(), ("start",), ("valid",), ("valid", "start")])
+@given(valid=flags, start=flags, seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+@float64_in_small_blocks()
+def test_gradients_in_blocks(masks, valid, start, seed):
+    """Of every input, against autodiff of the recurrence, and against finite differences along a random direction."""
+    draw = np.random.default_rng(seed)
+    shapes = {"x": (2, T, 3), "weight": (4, 3), "cache": (2, 3, 3), "bias": (3,)}
+    found = {name: jnp.asarray(draw.standard_normal(shape)) for name, shape in shapes.items()}
+    cotangents = [jnp.asarray(draw.standard_normal(shapes[name])) for name in ("x", "cache")]
+    rest = jnp.array(valid), jnp.array(start), cotangents
+    value, gradient = loss_of(masks, "xla")
+    got = gradient(found, *rest)
+    assert_close(got, loss_of(masks, "reference")[1](found, *rest), {"": 1e-12})
+    for name, array in found.items():
+        direction, step = jnp.asarray(draw.standard_normal(array.shape)), 1e-5
+        ends = [value(found | {name: array + sign * step * direction}, *rest) for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose((got[name] * direction).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+@float64_in_small_blocks()
+def test_gradients_of_gradients():
+    draw = np.random.default_rng(0)
+    x, weight, cache = (jnp.asarray(draw.standard_normal(shape)) for shape in ((1, 18, 2), (3, 2), (1, 2, 2)))
+    valid, start = jnp.asarray(draw.random((1, 18)) < 0.7), jnp.asarray(draw.random((1, 18)) < 0.2)
+
+    def op(x, weight, cache):
+        return short_conv(x, weight, cache, valid=valid, start=start, activation="silu", implementation="xla")
+
+    check_grads(jax.jit(op), (x, weight, cache), order=2, modes=("rev",), rtol=1e-5)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_backward_keeps_the_arguments_only(masks):
+    found, valid, start = arrays(40, 4, jnp.bfloat16)
+    masks = (valid, start) if masks else (None, None)
+
+    def pullback(found, valid, start):
+        return jax.vjp(lambda f: short_conv(**f, valid=valid, start=start, activation="silu"), found)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, found, *masks))
+    sizes = [a.size * a.dtype.itemsize for a in kept]
+    assert sum(sizes) <= sum(a.nbytes for a in jax.tree.leaves((found, masks)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_stands_at_invalid_tokens_is_not_read(implementation):
+    found, valid, start = arrays(11, 4)
+    run = compiled(functools.partial(short_conv, activation="silu", implementation=implementation))
+    outputs = [
+        run(**found | {"x": jnp.where(valid[..., None], found["x"], poison)}, valid=valid, start=start)
+        for poison in (0.0, jnp.nan)
+    ]
+    for clean, poisoned in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(clean, poisoned)
+    assert (np.asarray(outputs[1][0])[~np.asarray(valid)] == 0).all()
 
 
 def test_equals_numpy():
@@ -91,7 +177,7 @@ def test_a_sequence_may_be_cut_anywhere(implementation):
         rest = found | {"x": found["x"][:, cut:], "cache": cache}
         tail, cache = run(**rest, valid=valid[:, cut:], start=start[:, cut:])
         joined = np.concatenate([head, tail], 1)
-        np.testing.assert_allclose(joined[valid], np.asarray(y)[valid], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(joined, y, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(cache, final)
 
 

@@ -30,6 +30,15 @@ def test_float32_error(c, cosine, beta, limit):
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(c) + A), rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize(("precision", "beta", "limit"), [("bf16x3", 1, 3e-5), ("bf16x3", 2, 5e-4), ("bf16", 1, 1e-2)])
+def test_error_of_fewer_bits(precision, beta, limit):
+    """And no better than the bits allow: a precision that is not obeyed would pass the limit alone."""
+    A = correlations(64, 0.9, beta)
+    got = compiled(lambda A: unit_lower_inverse(A, precision))(jnp.asarray(A, jnp.float32))
+    assert limit / 200 < np.abs(got - np.linalg.inv(np.eye(64) + A)).max() < limit
+    assert got.dtype == jnp.float32
+
+
 def test_reads_only_below_the_diagonal():
     A = correlations(8, 0.9, 1).astype(np.float32)
     poisoned = jnp.asarray(np.where(np.tri(8, k=-1, dtype=bool), A, np.nan))
@@ -55,3 +64,9 @@ def test_derivatives():
 def test_size_must_be_a_power_of_two():
     with pytest.raises(ValueError, match=r"A has shape \[12, 12\], needs .* power of two"):
         unit_lower_inverse(jnp.zeros((12, 12)))
+
+
+@pytest.mark.usefixtures("as_user")
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="precision is 'tf32', needs one of float32, bf16x3, bf16"):
+        unit_lower_inverse(jnp.zeros((4, 4)), "tf32")

@@ -1,4 +1,4 @@
-"""Records: where and with what an experiment ran, and what came out, as JSON that is never half written."""
+"""Records: where and with what something was measured, and what came out, as JSON that is never half written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "records"
 PACKAGES = ("jax", "jaxlib", "optax", "grain", "orbax-checkpoint", "tensorstore", "tokenizers", "numpy")
+ROOT = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, Any]:
@@ -33,15 +33,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(experiment: str, body: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Write <experiment>-<device>-<date>.json (a second one of a day replaces the first), and return its path."""
+def write_record(name: str, body: dict[str, Any], folder: Path) -> Path:
+    """Write <name>-<device>-<date>.json into the folder, which is made if it is missing, and return its path.
+
+    A second record of a day replaces the first.
+    """
     where, date = environment(), datetime.date.today().isoformat()
     device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
-    path = folder / f"{experiment}-{device}-{date}.json"
+    path = folder / f"{name}-{device}-{date}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"experiment": experiment, "date": date, "environment": where, **body}, indent=1)
+    text = json.dumps({"experiment": name, "date": date, "environment": where, **body}, indent=1)
     partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -55,6 +58,9 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parent
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    """The commit of the checkout, "-dirty" if files differ from it; None for an installed copy."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return run.stdout.strip() or None

@@ -1,0 +1,122 @@
+"""Which form None runs: by length, by what is asked for, by the platform that is lowered for; and that a name is obeyed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from tests.pallas_kernels.compare import compiled
+
+
+# Forms whose results tell which one ran, and which have the same derivative.
+def reference(x):
+    return x + 1
+
+
+def xla(x):
+    return x + 2
+
+
+def kernel(x):
+    return x + 3
+
+
+def kernel_for_few(x):
+    if x.shape[0] > 4:
+        raise NotImplementedError("more than 4 rows")
+    return kernel(x)
+
+
+def broken(x):
+    raise TypeError("a mistake in the kernel")
+
+
+BOTH = {"reference": reference, "xla": xla}
+
+
+def run(x, forms, implementation=None, t=100):
+    return dispatch.run("op", implementation, forms, (x,), t=t, size=1)
+
+
+def ran(lowered):
+    """The constants of the program: 1.0, 2.0 or 3.0 for each form that is in it."""
+    return {n for n in (1, 2, 3) if f"dense<{n}.000000e+00>" in lowered.as_text()}
+
+
+def lowered(forms, platform, f=run, x=None):
+    x = jnp.zeros(4) if x is None else x
+    return jax.jit(lambda x: f(x, forms)).trace(x).lower(lowering_platforms=(platform,))
+
+
+@pytest.fixture
+def reference_is_fastest(monkeypatch):
+    rows = [
+        {"t": 100, "size": 1, "milliseconds": {"reference": 1.0, "xla": 2.0}},
+        {"t": 10000, "size": 1, "milliseconds": {"reference": 3.0, "xla": 2.0}},
+    ]
+    monkeypatch.setattr(dispatch, "MEASURED", {"op": rows})
+
+
+def test_a_short_sequence_is_the_recurrence():
+    assert run(0.0, BOTH, t=dispatch.SHORT) == 1
+    assert compiled(lambda x: run(x, BOTH, t=dispatch.SHORT + 1))(0.0) == 2
+
+
+@pytest.mark.usefixtures("reference_is_fastest")
+def test_on_cpus_the_nearest_measured_shape_decides():
+    for t, value in ((30, 1), (900, 1), (1100, 2), (10**6, 2)):
+        assert compiled(lambda x, t=t: run(x, BOTH, t=t))(0.0) == value
+
+
+@pytest.mark.usefixtures("reference_is_fastest")
+def test_a_gradient_runs_the_chunks():
+    value, gradient = compiled(jax.value_and_grad(lambda x: run(x, BOTH)))(0.0)
+    assert (value, gradient) == (2, 1)
+
+
+@pytest.mark.usefixtures("reference_is_fastest")
+def test_the_platform_is_the_one_lowered_for():
+    """On this machine, which has CPUs only."""
+    forms = BOTH | {"pallas_tpu": kernel}
+    assert ran(lowered(forms, "cpu")) == {1}
+    assert ran(lowered(forms, "cuda")) == {2}
+    assert ran(lowered(forms, "tpu")) == {3}
+    gradient = jax.grad(lambda x, forms: (run(x, forms) ** 2).sum())
+    assert ran(lowered(forms, "tpu", gradient)) >= {3}
+    assert 3 not in ran(lowered(forms, "cuda", gradient))
+
+
+def test_only_not_implemented_tries_the_next():
+    forms = BOTH | {"pallas_tpu": kernel_for_few}
+    assert ran(lowered(forms, "tpu")) == {3}
+    assert ran(lowered(forms, "tpu", x=jnp.zeros(5))) == {2}
+    with pytest.raises(TypeError, match="a mistake in the kernel"):
+        lowered(BOTH | {"pallas_tpu": broken}, "tpu")
+
+
+def test_a_name_never_falls_back():
+    forms = BOTH | {"pallas_tpu": kernel_for_few}
+    assert run(0.0, forms, "reference") == 1
+    with pytest.raises(NotImplementedError, match="more than 4 rows"):
+        run(jnp.zeros(5), forms, "pallas_tpu")
+    with pytest.raises(ValueError, match="op: implementation is 'pallas_gpu', needs None or one of reference, xla"):
+        run(jnp.zeros(5), forms, "pallas_gpu")
+
+
+def test_a_second_call_compiles_nothing():
+    """Outside jit too, where an op is called in a notebook."""
+    from pallas_kernels import linear_attention
+
+    q = jnp.ones((1, 40, 2, 3))
+    linear_attention(q, q, q)
+    with jax.no_tracing():
+        linear_attention(q, q, q, implementation="xla")
+
+
+def test_measured_rows_are_of_known_ops_and_forms():
+    for rows in dispatch.MEASURED.values():
+        for row in rows:
+            assert row["milliseconds"].keys() == {"reference", "xla"}
+            assert min(row["milliseconds"].values()) > 0
+            assert np.isfinite([row["t"], row["size"]]).all()
