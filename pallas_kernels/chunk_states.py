@@ -12,7 +12,8 @@ the reverse scan of `chunk_states`, is what a sequence cut over devices has to e
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +49,10 @@ class Chunks(NamedTuple):
 
 
 class States(NamedTuple):
-    """What enters each chunk, the corrected values R of its tokens (None without a correction), and the last state."""
+    """The state entering each chunk, the corrected values R of its tokens, and the state that leaves the last chunk."""
 
     entering: Float[Array, "n b h k v"]
-    corrected: Float[Array, "n b h c v"] | None
+    corrected: Any  # Float[Array, "n b h c v"]; None without a correction
     final: Float[Array, "b h k v"]
 
 
@@ -112,7 +113,7 @@ def _forward(
     return states, (chunks, T, states)
 
 
-def _backward(inverse_precision, precision, kept, cotangents):
+def _backward(_: Precision, precision: lax.Precision, kept: Any, cotangents: Any) -> tuple[Chunks, Array]:
     dot = functools.partial(jnp.matmul, precision=precision)
     (through, write, correction), T, (S, R, _) = kept
     dS, dR, dfinal = cotangents
@@ -147,22 +148,22 @@ def summary(
     With a correction, one run of `chunk_states` on the values [V | 0] from the state [0 | I] gives [E | M].
     """
     through, write, correction = chunks
-    v = correction.u if write is None else write.v
-    k = (correction or write).k
-    lead, d, e = v.shape[1:-2], k.shape[-1], v.shape[-1]
     if correction is None:
-        M = jnp.ones((*lead, 1, 1), v.dtype) if through is None else jnp.prod(through, 0)
-        return Span(M, chunk_states(chunks, jnp.zeros((*lead, d, e), v.dtype), inverse_precision, precision).final)
+        if write is None:
+            raise ValueError("summary: chunks have neither a write nor a correction, need at least one of them")
+        shape = (*write.v.shape[1:3], write.k.shape[-1], write.v.shape[-1])
+        M = jnp.ones((*shape[:2], 1, 1), write.v.dtype) if through is None else jnp.prod(through, 0)
+        empty = jnp.zeros(shape, write.v.dtype)
+        return Span(M, chunk_states(chunks, empty, inverse_precision, precision).final)
 
-    def beside_zeros(x):
+    (_, b, h, _, d), e, dtype = correction.k.shape, correction.u.shape[-1], correction.u.dtype
+
+    def beside_zeros(x: Array) -> Array:
         return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], d), x.dtype)], -1)
 
-    wide = Chunks(
-        through,
-        write if write is None else write._replace(v=beside_zeros(write.v)),
-        correction._replace(u=beside_zeros(correction.u)),
-    )
-    unit = jnp.broadcast_to(jnp.eye(d, e + d, e, dtype=v.dtype), (*lead, d, e + d))
+    write = None if write is None else write._replace(v=beside_zeros(write.v))
+    wide = Chunks(through, write, correction._replace(u=beside_zeros(correction.u)))
+    unit = jnp.broadcast_to(jnp.eye(d, e + d, e, dtype=dtype), (b, h, d, e + d))
     both = chunk_states(wide, unit, inverse_precision, precision).final
     return Span(both[..., e:], both[..., :e])
 
@@ -176,7 +177,7 @@ def compose(first: Span, second: Span) -> Span:
     return Span(M2 * M1.mT if M1.shape[-1] == 1 else dot(M2, M1), dot(M2, E1) + E2)
 
 
-def _scan(step, state, chunks, reverse=False):
+def _scan(step: Callable[..., Any], state: Array, chunks: Any, reverse: bool = False) -> tuple[Any, Any]:
     """lax.scan over the leading axis of chunks, without a loop for a single chunk."""
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
         state, out = step(state, jax.tree.map(lambda a: a[0], chunks))

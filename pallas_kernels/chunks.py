@@ -42,22 +42,25 @@ def scan_spans(span: Span, state: Array, inputs: Any, start: Array | None, c: in
     length = -(-chunks // -(-chunks // SPAN)) * c
     state, inputs, start = match_varying((state, inputs, start))
     if fill := -t % length:
-        inputs, start = jax.tree.map(
-            lambda x: jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2)), (inputs, start)
-        )
+
+        def pad(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2))
+
+        inputs, start = jax.tree.map(pad, (inputs, start))
     if t <= length:
         state, o = span(state, inputs, start)
     else:
-        o, state = _scan_spans(span, length, state, inputs, start)
+        found: Any = _scan_spans(span, length, state, inputs, start)
+        o, state = found
     return o[:, :t], state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan_spans(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> tuple[Array, Array]:
+def _scan_spans(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> Any:
     return _forward(span, length, state, inputs, start)[0]
 
 
-def _forward(span, length, state, inputs, start):
+def _forward(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> tuple[Any, Any]:
     spans = jax.tree.leaves(inputs)[0].shape[1] // length
 
     def turn(i, held):
@@ -72,7 +75,7 @@ def _forward(span, length, state, inputs, start):
     return (o, state), (entered, inputs, start)
 
 
-def _backward(span, length, kept, cotangents):
+def _backward(span: Span, length: int, kept: Any, cotangents: Any) -> tuple[Any, Any, None]:
     entered, inputs, start = kept
     do, dstate = cotangents
 
@@ -180,9 +183,9 @@ def scale(x: Array, factor: Array | None) -> Array:
     return x if factor is None else x * factor
 
 
-def before(enter: Array) -> Array:
+def before(enter: Array | None) -> Array | None:
     """Decays up to the row before each row, given those up to each row: 1 and then all but the last."""
-    return jnp.concatenate([jnp.ones_like(enter[..., :1, :]), enter[..., :-1, :]], -2)
+    return None if enter is None else jnp.concatenate([jnp.ones_like(enter[..., :1, :]), enter[..., :-1, :]], -2)
 
 
 def decay_matrix(decays: Decays, c: int, dtype: Any) -> Array:
@@ -218,5 +221,5 @@ def channel_scores(
     for to_rows, from_rows in decays.levels:
         (_, row1), (column0, _) = (_pairs(x, to_rows.shape[1]) for x in (rows, columns))
         P0, P1 = halves(P, 1)
-        P = join_blocks(P0, dot(row1 * (to_rows if inclusive else before(to_rows)), (column0 * from_rows).mT), P1)
+        P = join_blocks(P0, dot(scale(row1, to_rows if inclusive else before(to_rows)), (column0 * from_rows).mT), P1)
     return P.reshape(*lead, c, c)

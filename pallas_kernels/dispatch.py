@@ -32,17 +32,26 @@ MEASURED: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
 
 
 def run(
-    op: str, implementation: str | None, forms: Mapping[str, Form], args: tuple, *, t: int, size: int, **static: Any
+    op: str,
+    implementation: str | None,
+    forms: Mapping[str, Form],
+    args: tuple,
+    *,
+    t: int,
+    size: int,
+    variant: str = "",
+    short: int = SHORT,
+    **static: Any,
 ) -> Any:
     """forms[implementation](*args, **static); None takes the form that was measured to be the fastest.
 
     Args:
       forms: by name, functions of a module, so that what was compiled of them is found again.
       args: arrays, None, or trees of these. static: settings.
-      t: tokens. size: elements of the state, all rows together.
+      t: tokens. size: elements of the state, all rows together. variant: of the op, where its forms cost otherwise.
 
-    None picks by what is asked for. Up to SHORT tokens it is the recurrence. Beyond, where a gradient is taken, it is a
-    kernel of the platform or "xla", whose memory doesn't grow with t times the state; without a gradient CPUs follow
+    None picks by what is asked for. Up to `short` tokens it is the recurrence. Beyond, where a gradient is taken, it is
+    a kernel of the platform or "xla", whose memory doesn't grow with t times the state; without a gradient CPUs follow
     MEASURED. The platform is that which the program is lowered for, whatever devices this machine has. A form that
     raises NotImplementedError leaves the work to the next; every other error is one. Only a custom VJP can tell whether
     a gradient is taken, so there None has no forward-mode derivative: name "reference" for that.
@@ -53,10 +62,10 @@ def run(
         if implementation not in forms:
             raise ValueError(f"{op}: implementation is {implementation!r}, needs None or one of {', '.join(forms)}")
         return forms[implementation](*args, **static)
-    if t <= SHORT:
+    if t <= short:
         return forms["reference"](*args, **static)
     kernels = tuple((platform, forms[name]) for platform, name in KERNELS.items() if name in forms)
-    cpu = forms[fastest_on_cpu(op, t, size)]
+    cpu = forms[fastest_on_cpu(op + variant, t, size)]
     return _by_platform(cpu, kernels, forms["xla"], tuple(sorted(static.items())))(*match_varying(args))
 
 
@@ -89,18 +98,20 @@ def _or_else(form: Form, other: Form) -> Form:
     return attempt
 
 
-def fastest_on_cpu(op: str, t: int, size: int) -> str:
+def fastest_on_cpu(case: str, t: int, size: int) -> str:
     """The form that was fastest without a gradient at the nearest of the shapes measured, by ratios of t and size."""
-    rows = MEASURED.get(op, ())
-    nearest = min(
-        rows,
-        key=lambda row: abs(math.log(row["t"] / t)) + abs(math.log(row["size"] / size)),
-        default={"milliseconds": {"xla": 0.0}},
-    )
-    return min(nearest["milliseconds"], key=nearest["milliseconds"].get)
+
+    def distance(row: Mapping[str, Any]) -> float:
+        return abs(math.log(row["t"] / t)) + abs(math.log(row["size"] / size))
+
+    rows = MEASURED.get(case)
+    if not rows:
+        return "xla"
+    milliseconds = min(rows, key=distance)["milliseconds"]
+    return min(milliseconds, key=milliseconds.__getitem__)
 
 
-def keep(valid: Array | None, *arrays: Array | None) -> tuple[Array | None, ...]:
+def keep(valid: Array | None, *arrays: Array | None) -> tuple[Any, ...]:
     """The arrays [b t ...] with zeros where valid [b t] is False, whatever stands there; None stays None."""
     if valid is None:
         return arrays

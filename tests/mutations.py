@@ -66,7 +66,7 @@ def applied(mutation: Mutation) -> Iterator[None]:
 
 GLA, GDN = "memjax.in_state.gla:GatedLinearAttention.apply", "memjax.in_state.gated_delta_net:GatedDeltaNet.apply"
 LINEAR, DELTA = "pallas_kernels.linear_attention", "pallas_kernels.delta_rule"
-ROWS, RING, MSA = "pallas_kernels.short_conv.xla:_rows", "memjax.layers:ring_append", "memjax.in_storage.msa:MSA"
+ROWS, RING, MSA = "pallas_kernels.short_conv.rows:find_places", "memjax.layers:ring_append", "memjax.in_storage.msa:MSA"
 
 MUTATIONS = (
     # decay sign
@@ -81,14 +81,17 @@ MUTATIONS = (
     Mutation(
         "chunk border in linear attention",
         f"{LINEAR}.xla:linear_attention",
-        (("chunks.chunk_length(q.shape[1], chunk_size)", "4"), ("scale(S, through) + written, S", "written, S")),
+        (
+            ("chunks.chunk_length(q.shape[1], chunk_size)", "4"),
+            ("states.entering)", "states.entering.at[1:].set(0))"),
+        ),
         {"gla": "kernels"},
     ),
     Mutation(
         "no decay in the state that leaves a chunk",
-        f"{LINEAR}.xla:linear_attention",
-        (("scale(S, through) + written, S", "S + written, S"),),
-        {"gla": "kernels"},
+        "pallas_kernels.chunk_states:_forward",
+        (("S if through is None else through * S", "S"),),
+        {"gla": "kernels", "gated_delta_net": "kernels"},
     ),
     # the definition of an op
     Mutation(
@@ -100,7 +103,7 @@ MUTATIONS = (
     Mutation(
         "delta rule that reads before the decay",
         f"{DELTA}.reference:delta_rule",
-        (("v - read(S, k)", "v - read(S if g is None else jnp.exp(-g)[..., None, None] * S, k)"),),
+        (("read(S, erase * k)", "read(S if g is None else jnp.exp(-g)[..., None] * S, erase * k)"),),
         {"gated_delta_net": "kernels"},
     ),
     # padding
@@ -108,7 +111,7 @@ MUTATIONS = (
         "padding decays the state",
         GDN,
         (
-            ("o, S = delta_rule(", "beta = beta if valid is None else beta * valid[..., None]\n    o, S = delta_rule("),
+            ("o, S = delta_rule(", "beta = beta if valid is None else jnp.where(valid[..., None], beta, 0.0)\n    o, S = delta_rule("),
             ('"valid": valid, ', ""),
         ),
         {"gated_delta_net": "padding"},
@@ -123,7 +126,7 @@ MUTATIONS = (
         "convolution reads padding",
         ROWS,
         (("count = jnp.cumsum(valid", "valid = jnp.ones_like(valid)\n        count = jnp.cumsum(valid"),),
-        {"canon": "padding", "gated_delta_net": "padding"},
+        {"canon": "kernels", "gated_delta_net": "kernels"},
     ),
     Mutation("padding stays in the ring", RING, (("live &= valid", "pass"),), {"sliding_window_attention": "padding"}),
     Mutation(
@@ -142,7 +145,7 @@ MUTATIONS = (
     Mutation(
         "start not given to linear attention",
         GLA,
-        (("initial_state=state.S, start=start,", "initial_state=state.S,"),),
+        (('"start": start, ', ""),),
         {"gla": "packing"},
     ),
     Mutation(
@@ -203,7 +206,12 @@ MUTATIONS = (
         (("positions(state.count,", "positions(state.count * 0,"),),
         {"sliding_window_attention": "split"},
     ),
-    Mutation("convolution rows not carried", ROWS, (("last = rows[:, t:]", "last = rows[:, :n]"),), {"canon": "split"}),
+    Mutation(
+        "convolution rows not carried",
+        "pallas_kernels.short_conv.rows:last_of",
+        (("take(packed.source, packed.newest)", "take(packed.source, packed.newest * 0)"),),
+        {"canon": "kernels", "gated_delta_net": "kernels"},
+    ),
     Mutation(
         "ids one token late",
         "memjax.in_weights.stem:STEM.apply",

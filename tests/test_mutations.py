@@ -59,8 +59,8 @@ def test_the_bug_is_gone_afterwards():
 
 
 def test_a_stale_mutation_is_an_error():
-    stale = Mutation("stale", "memjax.layers:mask", (("no such source", ""),), {})
-    with pytest.raises(mutations.StaleMutation, match="'no such source' is 0 times in memjax.layers:mask, needs 1"):
+    stale = Mutation("stale", "memjax.layers:gate", (("no such source", ""),), {})
+    with pytest.raises(mutations.StaleMutation, match="'no such source' is 0 times in memjax.layers:gate, needs 1"):
         with mutations.applied(stale):
             pass
 

@@ -112,12 +112,13 @@ def delta_rule(
         q = _on_row(n - 1, n, q)
         log_decay, start = jax.tree.map(functools.partial(_on_row, 0, n), (log_decay, start))
     o, state = dispatch.run(
-        op if log_decay is None or log_decay.ndim == 3 else f"{op} per channel",
+        op,
         implementation,
         FORMS,
         (q, k, v, erase, write, log_decay, state, start),
         t=t * n,
         size=state.size,
+        variant="" if log_decay is None or log_decay.ndim == 3 else " per channel",
         chunk_size=chunk_size,
         inverse_precision=inverse_precision,
     )

@@ -1,5 +1,7 @@
 """The delta rule, the definition: one row after another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,6 +9,7 @@ from jax import Array, lax
 from pallas_kernels.scan import scan_tokens
 
 
+@functools.partial(jax.jit, static_argnames=("chunk_size", "inverse_precision"))
 def delta_rule(
     q: Array,
     k: Array,

@@ -19,7 +19,7 @@ from jax import Array
 
 from pallas_kernels import chunks
 from pallas_kernels.chunk_states import Chunks, Correction, Write, chunk_states
-from pallas_kernels.chunks import channel_scores
+from pallas_kernels.chunks import channel_scores, scale
 from pallas_kernels.scan import beside
 from pallas_kernels.triangular import Precision
 
@@ -51,10 +51,10 @@ def dplr_delta_rule(
         decays = chunks.decays(chunks.factors(g, start, c, state.dtype))
         qk, qb = (channel_scores(q, x, decays, dot) for x in (k, b))
         ak, ab = (channel_scores(a, x, decays, dot, inclusive=False) for x in (k, b))
-        correction = Correction(b * decays.leave, -ab, full(ak, v), -a * chunks.before(decays.enter))
-        write = Write(k * decays.leave, v)
+        correction = Correction(scale(b, decays.leave), -ab, full(ak, v), -scale(a, chunks.before(decays.enter)))
+        write = Write(scale(k, decays.leave), v)
         states = chunk_states(Chunks(decays.through, write, correction), state, inverse_precision)
         inside = full(qk, v) + full(qb, states.corrected)
-        return states.final, chunks.merge(full(q * decays.enter, states.entering) + inside)
+        return states.final, chunks.merge(full(scale(q, decays.enter), states.entering) + inside)
 
     return chunks.scan_spans(span, state, (q, k, v, a, b, log_decay), start, c)

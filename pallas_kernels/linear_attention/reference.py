@@ -1,5 +1,7 @@
 """Linear attention, the definition: one token after another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -7,10 +9,11 @@ from jax import Array, lax
 from pallas_kernels.scan import scan_tokens
 
 
+@functools.partial(jax.jit, static_argnames="chunk_size")
 def linear_attention(
-    q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None, **_: int
+    q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None, *, chunk_size: int = 1
 ) -> tuple[Array, Array]:
-    """Arrays as in the public op; state has the dtype to compute in. Settings of other forms are not read."""
+    """Arrays as in the public op; state has the dtype to compute in. There are no chunks here."""
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.short_conv import reference, xla
-from pallas_kernels.short_conv.xla import taps as taps
+from pallas_kernels.short_conv.rows import taps as taps
 
 FORMS = {"reference": reference.short_conv, "xla": xla.short_conv}
 IMPLEMENTATIONS = tuple(FORMS)
@@ -60,4 +60,5 @@ def short_conv(
         raise ValueError(f"{op}: activation is {activation!r}, needs None or 'silu'")
 
     args = (x, weight, cache, valid, start, bias)
-    return dispatch.run(op, implementation, FORMS, args, t=t, size=x[:, 0].size, activation=activation)
+    size = max(cache.size, 1)
+    return dispatch.run(op, implementation, FORMS, args, t=t, size=size, short=1, activation=activation)

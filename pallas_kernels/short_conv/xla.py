@@ -1,7 +1,4 @@
-"""The last rows before each token, under `valid` and `start`, and the convolution over them, forward and backward.
-
-Without `valid` the j-th row before a token is a shifted slice. With it, the valid tokens of a sequence have places,
-counted from the left; the rows of a token are found by its place.
+"""The short convolution, forward and backward.
 
 The backward keeps the arguments and nothing else: the n = w - 1 shifted copies of x that autodiff keeps are n times its
 memory. With the rows r = [cache, x], by place, it repeats the sum and takes
@@ -14,49 +11,18 @@ A block needs the rows that were carried into it, and its gradient of these goes
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.compat import match_varying
-from pallas_kernels.scan import beside
+from pallas_kernels.short_conv.rows import find_places, last_of, only, spread_last, take, windows_of
 
 CPU_BLOCK = 2**15
 """Entries of x in a block of the backward on CPUs. From 2**13 to 2**16 it makes little difference."""
-
-
-def taps(
-    x: Shaped[Array, "b t *rest"],
-    cache: Shaped[Array, "b n *rest"],
-    valid: Bool[Array, "b t"] | None = None,
-    start: Bool[Array, "b t"] | None = None,
-    fill: float | int = 0,
-) -> tuple[list[Shaped[Array, "b t *rest"]], Shaped[Array, "b n *rest"]]:
-    """The n rows before each token and its own: n + 1 arrays like x, oldest first, and the new cache.
-
-    x:      [b t ...] of any dtype, cast to that of the cache.
-    cache:  [b n ...], the last n rows before this call, oldest first. It holds `fill` where a document has none.
-    valid:  False where a token is skipped: it is no row of any other token. Its own rows are arbitrary but finite.
-    start:  True where a document begins, even if the token itself is not valid.
-    fill:   what the rows of another document read as.
-
-    Raises ValueError if shapes don't fit.
-    """
-    if x.ndim < 2:
-        raise ValueError(f"taps: x has shape {list(x.shape)}, needs [b t ...]")
-    dispatch.check_shape("taps", "cache", cache, (x.shape[0], *cache.shape[1:2], *x.shape[2:]))
-    for name, mask in (("valid", valid), ("start", start)):
-        dispatch.check_shape("taps", name, mask, x.shape[:2])
-        dispatch.check_bool("taps", name, mask)
-    n = cache.shape[1]
-    places = _places(valid, start, x.shape[1], n)
-    rows = jnp.concatenate([cache, _only(valid, x.astype(cache.dtype))], 1)
-    return _windows(rows, n, places, fill=fill), _last(rows, n, places, fill)
 
 
 def short_conv(
@@ -75,19 +41,19 @@ def short_conv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _short_conv(activation, x, weight, cache, valid, start, bias):
     (_, t, _), n, dtype = x.shape, cache.shape[1], dispatch.accumulator(x, weight, cache, bias)
-    places = _places(valid, start, t, n)
-    own = _only(valid, x).astype(cache.dtype)
+    places = find_places(valid, start, t, n)
+    own = only(valid, x).astype(cache.dtype)
     rows = jnp.concatenate([cache, own], 1)
 
     def outputs(rows, first):
-        z = _sum(_windows(rows, n, places, first), weight, bias, dtype)
+        z = _sum(windows_of(rows, n, places, first), weight, bias, dtype)
         return _activate(z, activation).astype(x.dtype)
 
     if valid is not None or t <= n:
-        y = _only(valid, outputs(rows, 0))
+        y = only(valid, outputs(rows, 0))
     else:  # in two parts, so that [cache, x] is never made
         y = jnp.concatenate([outputs(jnp.concatenate([cache, own[:, :n]], 1), 0), outputs(own, n)], 1)
-    return y, _last(rows, n, places)
+    return y, last_of(rows, n, places)
 
 
 def _forward(activation, *args):
@@ -118,8 +84,8 @@ def _gradients(activation, size, args, cotangents):
 
     def carry(cache, first):
         x, valid, start, _ = block(first, size)
-        rows = jnp.concatenate([cache, _only(valid, x.astype(cache.dtype))], 1)
-        return _last(rows, n, _places(valid, start, size, n)), cache
+        rows = jnp.concatenate([cache, only(valid, x.astype(cache.dtype))], 1)
+        return last_of(rows, n, find_places(valid, start, size, n)), cache
 
     def back(grads, now, size=size):
         (dx, dcache, shared), (first, cache) = grads, now
@@ -145,102 +111,22 @@ def _block_gradients(activation, args, cotangents, dtype):
     x, weight, cache, valid, start, bias = args
     dy, dlast = cotangents
     t, n = x.shape[1], cache.shape[1]
-    places = _places(valid, start, t, n)
+    places = find_places(valid, start, t, n)
     packed = places.packed
     if packed is not None:  # everything below goes by place
-        x, dy = (_only(packed.filled, _take(a, packed.source[:, n:] - n)) for a in (x, dy))
+        x, dy = (only(packed.filled, take(a, packed.source[:, n:] - n)) for a in (x, dy))
     rows = jnp.concatenate([cache, x.astype(cache.dtype)], 1).astype(dtype)
-    windows = _windows(rows, n, places._replace(packed=None))
+    windows = windows_of(rows, n, places._replace(packed=None))
     z, pull = jax.vjp(functools.partial(_activate, activation=activation), _sum(windows, weight, bias, dtype))
     (dz,) = pull(dy.astype(dtype))
 
-    drows = _spread(dlast, places, n + t)
+    drows = spread_last(dlast, places, n + t)
     for j in range(n + 1):
-        d = dz if places.same is None or j == n else _only(places.same[j], dz)
+        d = dz if places.same is None or j == n else only(places.same[j], dz)
         drows = drows + jnp.pad(d * weight[j].astype(dtype)[None, None], ((0, 0), (j, n - j), (0, 0)))
     dweight = jnp.stack([(dz * row).sum((0, 1)) for row in windows])
-    dx = drows[:, n:] if packed is None else _only(valid, _take(drows[:, n:], packed.slot))
+    dx = drows[:, n:] if packed is None else only(valid, take(drows[:, n:], packed.slot))
     return dx, drows[:, :n], (dweight, None if bias is None else dz.sum((0, 1)))
-
-
-class _Packed(NamedTuple):
-    """Where the valid tokens stand.
-
-    slot:    [b t], the place of each token: its number among the valid ones, 0 for those before the first.
-    source:  [b n+t], where in [cache, x] the rows stand, by place.
-    filled:  [b t], whether there is a token at the place.
-    newest:  [b n], where in `source` the last rows stand.
-    """
-
-    slot: Array
-    source: Array
-    filled: Array
-    newest: Array
-
-
-class _Places(NamedTuple):
-    """Where the rows stand, and which of them a token sees.
-
-    packed:       None without `valid`: the place of a token is its own.
-    same:         for j < n, [b t] by place: whether row j belongs to the document of the token. None: all do.
-    same_at_end:  [b n], whether the last rows belong to the document that is open at the end. None: all do.
-    """
-
-    packed: _Packed | None
-    same: list[Array] | None
-    same_at_end: Array | None
-
-
-def _places(valid: Array | None, start: Array | None, t: int, n: int) -> _Places:
-    packed = None
-    if valid is not None:
-        count = jnp.cumsum(valid, 1, dtype=jnp.int32)
-        place, total, slot = jnp.arange(n + t, dtype=jnp.int32), count[:, -1:], jnp.maximum(count - 1, 0)
-        # a scatter of the numbers n, n + 1, ...: a sort of 64K flags takes many times as long
-        put = jax.vmap(lambda to: place.at[to].set(place[n:], mode="drop"))
-        source = put(jnp.where(valid, slot + n, n + t))
-        packed = _Packed(slot, source, place[None, :t] < total, total + place[None, :n])
-    if start is None:
-        return _Places(packed, None, None)
-    document = jnp.cumsum(start, 1, dtype=jnp.int32)
-    open_at_end = document[:, -1:]
-    if packed is not None:
-        document = _take(document, packed.source[:, n:] - n)
-    # the rows of the cache belong to the document that was open before the call, number 0
-    number = jnp.pad(document, ((0, 0), (n, 0)))
-    last = number[:, t:] if packed is None else _take(number, packed.newest)
-    return _Places(packed, [number[:, j : j + t] == document for j in range(n)], last == open_at_end)
-
-
-def _windows(rows: Array, n: int, places: _Places, first: int = 0, fill: float | int = 0) -> list[Array]:
-    """The n + 1 rows of each token, oldest first. rows: [cache, x], or its part for the tokens from `first` on."""
-    t, packed, same = rows.shape[1] - n, places.packed, places.same
-    if packed is None:
-        windows = [rows[:, j : j + t] for j in range(n + 1)]
-        same = None if same is None else [mask[:, first : first + t] for mask in same]
-    else:
-        windows = [_take(rows, _take(packed.source, packed.slot + j)) for j in range(n + 1)]
-        same = None if same is None else [_take(mask, packed.slot) for mask in same]
-    if same is None:
-        return windows
-    return [*(_only(mask, row, fill) for mask, row in zip(same, windows[:n], strict=True)), windows[n]]
-
-
-def _last(rows: Array, n: int, places: _Places, fill: float | int = 0) -> Array:
-    """The last n of the rows [cache, x]."""
-    packed = places.packed
-    last = rows[:, rows.shape[1] - n :] if packed is None else _take(rows, _take(packed.source, packed.newest))
-    return _only(places.same_at_end, last, fill)
-
-
-def _spread(dlast: Array, places: _Places, size: int) -> Array:
-    """The gradient of `size` rows by place, from that of the last n."""
-    n, packed = dlast.shape[1], places.packed
-    dlast = _only(places.same_at_end, dlast)
-    if packed is None or n == 0:
-        return jnp.pad(dlast, ((0, 0), (size - n, 0), (0, 0)))
-    index = jnp.arange(size, dtype=jnp.int32)[None] - packed.newest[:, :1]
-    return _only((index >= 0) & (index < n), _take(dlast, index))
 
 
 def _sum(windows: list[Array], weight: Array, bias: Array | None, dtype: DTypeLike) -> Array:
@@ -251,11 +137,3 @@ def _sum(windows: list[Array], weight: Array, bias: Array | None, dtype: DTypeLi
 
 def _activate(z: Array, activation: str | None) -> Array:
     return jax.nn.silu(z) if activation == "silu" else z
-
-
-def _take(x: Array, index: Array) -> Array:
-    return jnp.take_along_axis(x, beside(index, x), axis=1, mode="clip")
-
-
-def _only(mask: Array | None, x: Array, fill: float | int = 0) -> Array:
-    return x if mask is None else jnp.where(beside(mask, x), x, jnp.full((), fill, x.dtype))

@@ -1,11 +1,11 @@
-"""Which form None runs: by length, by what is asked for, by the platform that is lowered for; and that a name is obeyed."""
+"""Which form None runs: by length, by what is asked for, by the platform lowered for; and that a name is obeyed."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, linear_attention
 from tests.pallas_kernels.compare import compiled
 
 
@@ -104,14 +104,13 @@ def test_a_name_never_falls_back():
         run(jnp.zeros(5), forms, "pallas_gpu")
 
 
-def test_a_second_call_compiles_nothing():
+@pytest.mark.parametrize("implementation", [None, "reference", "xla"])
+def test_a_second_call_traces_nothing(implementation):
     """Outside jit too, where an op is called in a notebook."""
-    from pallas_kernels import linear_attention
-
     q = jnp.ones((1, 40, 2, 3))
-    linear_attention(q, q, q)
+    linear_attention(q, q, q, implementation=implementation)
     with jax.no_tracing():
-        linear_attention(q, q, q, implementation="xla")
+        linear_attention(q, q, q, implementation=implementation)
 
 
 def test_measured_rows_are_of_known_ops_and_forms():
