@@ -2,8 +2,8 @@
 
     python -m experiments.measure_forms
 
-Writes pallas_kernels/measured_on_cpu.json, milliseconds of every form by tokens and elements of state. Takes about five
-minutes on a quiet machine with two cores; tests/pallas_kernels/test_dispatch.py reads what it wrote.
+Writes pallas_kernels/measured_on_cpu.json, milliseconds of every form by tokens and elements of state. Takes about
+eight minutes on a quiet machine with two cores; tests/pallas_kernels/test_dispatch.py reads what it wrote.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from memjax.record import environment
 TABLE = Path(__file__).parents[1] / "pallas_kernels" / "measured_on_cpu.json"
 FORMS = {  # the name under which an op asks, and the case that stands for it
     "linear_attention": "linear_attention/head",
+    "linear_attention without decay": "linear_attention",
     "linear_attention per channel": "linear_attention/channel",
     "delta_rule": "delta_rule/head",
+    "delta_rule without decay": "delta_rule",
     "delta_rule per channel": "delta_rule/channel",
     "dplr_delta_rule": "dplr_delta_rule",
     "diagonal_scan": "diagonal_scan/real",
@@ -36,7 +38,7 @@ SHAPES = [
     for t in (32, 256, 2048)
     for heads, d in ((2, 16), (4, 32), (4, 64), (16, 64), (8, 128), (32, 128))
 ]
-REPEATS = 9
+REPEATS = 15
 
 
 def measure(case: Case, shape: Shape) -> dict[str, Any]:

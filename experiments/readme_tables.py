@@ -19,6 +19,7 @@ from memjax.catalog import CATALOG, PLACES
 
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", RECORDS / "needle_bank.png"
+BENCH = "memjax bench ops --out experiments/records"
 COMMAND = "python -m experiments.needle_bank --seeds 0 1 2 --record"
 GROWS = {"in_state": "no", "in_context": "up to its window", "in_storage": "with each document", "in_weights": "no"}
 
@@ -90,18 +91,64 @@ def needle_bank(record: dict[str, Any] | None) -> str:
     return table(("tokens", "documents", "recall@4 by router layer", "answers", "drop"), rows) + "\n\n" + source
 
 
-def newest(folder: Path = RECORDS) -> dict[str, Any] | None:
-    """The newest record of the needle bank, with its file's "name"; None if there is none."""
-    records = [{**json.loads(path.read_text()), "name": path.name} for path in folder.glob("needle_bank-*.json")]
+def ops(record: dict[str, Any] | None) -> str:
+    """Times and memory of the ops at the shape that the peers share, and how time grows with the length."""
+    if record is None:
+        return f"There is no record yet: `{BENCH}` makes one,\nand `python -m experiments.readme_tables` puts it here."
+    shape = next(row["shape"] for row in record["times"] if row["shape"]["t"] == 4096)
+    timed: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in record["times"]:
+        if row["shape"] == shape and "mode" in row:
+            timed.setdefault(row["case"], {})[row["who"], row["mode"]] = row
+    rows = []
+    for case, found in timed.items():
+        ours = {mode: found["default", mode] for mode in ("forward", "both")}
+        peer = next((who for who, _ in found if who not in ("reference", "xla", "default")), None)
+
+        def times(who: str | None, found: Any = found, ours: Any = ours) -> str:
+            """How many times longer another takes, forward / forward and backward."""
+            return " / ".join(
+                f"{found[who, mode]['median'] / ours[mode]['median']:.1f}" if (who, mode) in found else "–"
+                for mode in ours
+            )
+
+        memory = ours["both"]["memory"]
+        share = memory["peak"] / (memory["inputs"] + memory["outputs"] + memory["chunk_states"])
+        rows.append((
+            f"`{case}`", " / ".join(f"{1e3 * row['median']:.1f}" for row in ours.values()), times("reference"),
+            f"{peer}: {times(peer)}" if peer else "–", f"{share:.2f}",
+        ))  # fmt: skip
+    growth = max(row["ratio"] for row in record["scaling"] if row["ratio"])
+    lengths = sorted({row["t"] for row in record["scaling"]})
+    where = record["environment"]
+    peers = (
+        ", ".join(f"{name} {record['peers'][name]}" for name in ("torch", "fla-core")) if "peers" in record else "none"
+    )
+    source = (
+        f"b={shape['b']}, t={shape['t']}, h={shape['h']}, d={shape['d']}, {shape['dtype']}; medians of "
+        f"{record['config']['repeats']} runs taken in turns; each pair is forward / forward and backward. Peak memory "
+        f"is that of forward and backward as compiled, relative to inputs, outputs and one state a chunk. From "
+        f"t={tokens(lengths[0])} to {tokens(lengths[-1])}, a doubling multiplies time by at most {growth:.2f}. Record "
+        f"[`{record['name']}`](experiments/records/{record['name']}), {where['cpu'] or where['device']}, "
+        f"{where['cores']} cores, jax {where['versions']['jax']}; peers: {peers}. Made by `{BENCH}`."
+    )
+    header = ("op", "ms", "plain scan takes so many times longer", "and a peer", "peak memory")
+    return table(header, rows) + "\n\n" + source
+
+
+def newest(experiment: str, folder: Path = RECORDS) -> dict[str, Any] | None:
+    """The newest record of an experiment, with its file's "name"; None if there is none."""
+    records = [{**json.loads(path.read_text()), "name": path.name} for path in folder.glob(f"{experiment}-*.json")]
     return max(records, key=lambda record: (record["date"], record["name"]), default=None)
 
 
 def redraw(text: str, folder: Path = RECORDS) -> str:
     """The README with every block drawn anew. Raises SystemExit naming a block that it lacks."""
-    record = newest(folder)
+    record = newest("needle_bank", folder)
     blocks: dict[str, Callable[[], str]] = {
         "places": places, "catalog": catalog,
         "picture": lambda: picture(record), "needle_bank": lambda: needle_bank(record),
+        "ops": lambda: ops(newest("bench_ops", folder)),
     }  # fmt: skip
     for name, draw in blocks.items():
         found = list(re.finditer(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", text, re.DOTALL))
@@ -125,7 +172,7 @@ def tokens(n: int) -> str:
 def main() -> None:
     from memjax.plots import plot_needle_bank
 
-    if record := newest():
+    if record := newest("needle_bank"):
         plot_needle_bank(RECORDS / record["name"], PICTURE)
     README.write_text(redraw(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{README.name}: {len(CATALOG)} memories, record {record['name'] if record else 'none'}")

@@ -111,6 +111,13 @@ def fastest_on_cpu(case: str, t: int, size: int) -> str:
     return min(milliseconds, key=milliseconds.__getitem__)
 
 
+def variant_of(log_decay: Array | None) -> str:
+    """The name in MEASURED for a decay per head ("", the op itself), none, or one per channel."""
+    if log_decay is None:
+        return " without decay"
+    return "" if log_decay.ndim == 3 else " per channel"
+
+
 def keep(valid: Array | None, *arrays: Array | None) -> tuple[Any, ...]:
     """The arrays [b t ...] with zeros where valid [b t] is False, whatever stands there; None stays None."""
     if valid is None:

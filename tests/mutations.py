@@ -111,7 +111,10 @@ MUTATIONS = (
         "padding decays the state",
         GDN,
         (
-            ("o, S = delta_rule(", "beta = beta if valid is None else jnp.where(valid[..., None], beta, 0.0)\n    o, S = delta_rule("),
+            (
+                "o, S = delta_rule(",
+                "beta = beta if valid is None else jnp.where(valid[..., None], beta, 0.0)\n    o, S = delta_rule(",
+            ),
             ('"valid": valid, ', ""),
         ),
         {"gated_delta_net": "padding"},

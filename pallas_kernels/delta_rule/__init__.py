@@ -118,7 +118,7 @@ def delta_rule(
         (q, k, v, erase, write, log_decay, state, start),
         t=t * n,
         size=state.size,
-        variant="" if log_decay is None or log_decay.ndim == 3 else " per channel",
+        variant=dispatch.variant_of(log_decay),
         chunk_size=chunk_size,
         inverse_precision=inverse_precision,
     )

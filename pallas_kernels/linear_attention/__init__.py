@@ -67,9 +67,7 @@ def linear_attention(
     dtype = dispatch.accumulator(q, k, v, log_decay, initial_state)
     state = jnp.zeros((b, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
     q, k, v, log_decay = dispatch.keep(valid, q, k, v, log_decay)
-    variant = "" if log_decay is None or log_decay.ndim == 3 else " per channel"
     args = (q, k, v, log_decay, state, start)
-    o, state = dispatch.run(
-        op, implementation, FORMS, args, t=t, size=state.size, variant=variant, chunk_size=chunk_size
-    )
+    variant, size = dispatch.variant_of(log_decay), state.size
+    o, state = dispatch.run(op, implementation, FORMS, args, t=t, size=size, variant=variant, chunk_size=chunk_size)
     return o.astype(v.dtype), state
