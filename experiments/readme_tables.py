@@ -130,15 +130,22 @@ def ops(record: dict[str, Any] | None) -> str:
         f"is that of forward and backward as compiled, relative to inputs, outputs and one state a chunk. From "
         f"t={tokens(lengths[0])} to {tokens(lengths[-1])}, a doubling multiplies time by at most {growth:.2f}. Record "
         f"[`{record['name']}`](experiments/records/{record['name']}), {where['cpu'] or where['device']}, "
-        f"{where['cores']} cores, jax {where['versions']['jax']}; peers: {peers}. Made by `{BENCH}`."
+        f"{where['cores']} cores, load {record['load_before']} before, jax {where['versions']['jax']}; peers: {peers}. "
+        f"Made by `{BENCH}`."
     )
     header = ("op", "ms", "plain scan takes so many times longer", "and a peer", "peak memory")
     return table(header, rows) + "\n\n" + source
 
 
 def newest(experiment: str, folder: Path = RECORDS) -> dict[str, Any] | None:
-    """The newest record of an experiment, with its file's "name"; None if there is none."""
+    """The newest record of an experiment, with its file's "name"; None if there is none.
+
+    Records of the ops without a part or the shape that is shown, of a run with --parts or --shapes, are passed over.
+    """
     records = [{**json.loads(path.read_text()), "name": path.name} for path in folder.glob(f"{experiment}-*.json")]
+    if experiment == "bench_ops":
+        lengths = [{row["shape"]["t"] for row in record.get("times", [])} for record in records]
+        records = [r for r, ts in zip(records, lengths, strict=True) if r.get("scaling") and 4096 in ts]
     return max(records, key=lambda record: (record["date"], record["name"]), default=None)
 
 

@@ -56,7 +56,7 @@ class States(NamedTuple):
     final: Float[Array, "b h k v"]
 
 
-class Span(NamedTuple):
+class Affine(NamedTuple):
     """The map S' = M S + E of a stretch of tokens. M is a matrix, or the factors of a diagonal one as a column."""
 
     M: Float[Array, "b h k k"] | Float[Array, "b h #k 1"]
@@ -142,7 +142,7 @@ _chunk_states.defvjp(_forward, _backward)
 
 def summary(
     chunks: Chunks, inverse_precision: Precision = "float32", precision: lax.Precision = lax.Precision.HIGHEST
-) -> Span:
+) -> Affine:
     """The map of n chunks together: M a matrix with a correction, else the product of `through`.
 
     With a correction, one run of `chunk_states` on the values [V | 0] from the state [0 | I] gives [E | M].
@@ -154,7 +154,7 @@ def summary(
         shape = (*write.v.shape[1:3], write.k.shape[-1], write.v.shape[-1])
         M = jnp.ones((*shape[:2], 1, 1), write.v.dtype) if through is None else jnp.prod(through, 0)
         empty = jnp.zeros(shape, write.v.dtype)
-        return Span(M, chunk_states(chunks, empty, inverse_precision, precision).final)
+        return Affine(M, chunk_states(chunks, empty, inverse_precision, precision).final)
 
     (_, b, h, _, d), e, dtype = correction.k.shape, correction.u.shape[-1], correction.u.dtype
 
@@ -165,16 +165,16 @@ def summary(
     wide = Chunks(through, write, correction._replace(u=beside_zeros(correction.u)))
     unit = jnp.broadcast_to(jnp.eye(d, e + d, e, dtype=dtype), (b, h, d, e + d))
     both = chunk_states(wide, unit, inverse_precision, precision).final
-    return Span(both[..., e:], both[..., :e])
+    return Affine(both[..., e:], both[..., :e])
 
 
-def compose(first: Span, second: Span) -> Span:
+def compose(first: Affine, second: Affine) -> Affine:
     """The map of `first` and then `second`: M = M2 M1, E = M2 E1 + E2. Associative; products in full precision."""
     (M1, E1), (M2, E2) = first, second
     if M2.shape[-1] == 1:
-        return Span(M2 * M1, M2 * E1 + E2)
+        return Affine(M2 * M1, M2 * E1 + E2)
     dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return Span(M2 * M1.mT if M1.shape[-1] == 1 else dot(M2, M1), dot(M2, E1) + E2)
+    return Affine(M2 * M1.mT if M1.shape[-1] == 1 else dot(M2, M1), dot(M2, E1) + E2)
 
 
 def _scan(step: Callable[..., Any], state: Array, chunks: Any, reverse: bool = False) -> tuple[Any, Any]:

@@ -27,10 +27,10 @@ def chunk_length(t: int, chunk_size: int) -> int:
     return min(chunk_size, 1 << (t - 1).bit_length())
 
 
-Span = Callable[[Array, Any, Array | None], tuple[Array, Array]]
+SpanFunction = Callable[[Array, Any, Array | None], tuple[Array, Array]]
 
 
-def scan_spans(span: Span, state: Array, inputs: Any, start: Array | None, c: int) -> tuple[Array, Array]:
+def scan_spans(span: SpanFunction, state: Array, inputs: Any, start: Array | None, c: int) -> tuple[Array, Array]:
     """Runs `span(state, inputs, start) -> (state, o)` over time, SPAN chunks of c tokens at a time: (o, final state).
 
     inputs: a tree of floats [b t ...]. span sees a t that is a multiple of c, filled up with zeros, and holds no array.
@@ -56,11 +56,11 @@ def scan_spans(span: Span, state: Array, inputs: Any, start: Array | None, c: in
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan_spans(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> Any:
+def _scan_spans(span: SpanFunction, length: int, state: Array, inputs: Any, start: Array | None) -> Any:
     return _forward(span, length, state, inputs, start)[0]
 
 
-def _forward(span: Span, length: int, state: Array, inputs: Any, start: Array | None) -> tuple[Any, Any]:
+def _forward(span: SpanFunction, length: int, state: Array, inputs: Any, start: Array | None) -> tuple[Any, Any]:
     spans = jax.tree.leaves(inputs)[0].shape[1] // length
 
     def turn(i, held):
@@ -75,7 +75,7 @@ def _forward(span: Span, length: int, state: Array, inputs: Any, start: Array | 
     return (o, state), (entered, inputs, start)
 
 
-def _backward(span: Span, length: int, kept: Any, cotangents: Any) -> tuple[Any, Any, None]:
+def _backward(span: SpanFunction, length: int, kept: Any, cotangents: Any) -> tuple[Any, Any, None]:
     entered, inputs, start = kept
     do, dstate = cotangents
 
@@ -86,10 +86,13 @@ def _backward(span: Span, length: int, kept: Any, cotangents: Any) -> tuple[Any,
         state = lax.dynamic_index_in_dim(entered, i, 0, keepdims=False)
         _, vjp = jax.vjp(lambda state, now: span(state, now, begins), state, now)
         dstate, dnow = vjp((dstate, *_cut((do,), i, length)))
-        return dstate, jax.tree.map(lambda x, dx: _paste(x, dx, i * length), dinputs, dnow)
+        return dstate, jax.tree.map(lambda x, dx: _paste(x, dx.astype(x.dtype), i * length), dinputs, dnow)
 
-    held = match_varying((dstate, jax.tree.map(jnp.zeros_like, inputs)), do, kept)
-    return *lax.fori_loop(0, entered.shape[0], turn, held), None
+    # in the dtype of the state: on CPUs a write into a bfloat16 array rewrites the whole of it
+    dinputs = jax.tree.map(lambda x: jnp.zeros(x.shape, entered.dtype), inputs)
+    held = match_varying((dstate, dinputs), do, kept)
+    dstate, dinputs = lax.fori_loop(0, entered.shape[0], turn, held)
+    return dstate, jax.tree.map(lambda x, dx: dx.astype(x.dtype), inputs, dinputs), None
 
 
 _scan_spans.defvjp(_forward, _backward)
@@ -115,12 +118,10 @@ def merge(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def precision_for(dtype: Any) -> lax.Precision:
-    """Of products, given the dtype of the inputs: full where they are float32 or wider.
-
-    Inputs of 16 bits carry no more than the fast passes keep.
-    """
-    return lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else lax.Precision.DEFAULT
+def precision_for(*arrays: Array) -> lax.Precision:
+    """Of products of arrays: full, unless all are bfloat16, which is what the fast passes of accelerators keep."""
+    narrow = all(a.dtype == jnp.bfloat16 for a in arrays)
+    return lax.Precision.DEFAULT if narrow else lax.Precision.HIGHEST
 
 
 def factors(log_decay: Array | None, start: Array | None, c: int, dtype: Any) -> Array | None:

@@ -24,6 +24,9 @@ SHORT = 16
 """Up to this many tokens None means the token recurrence: its program is several times smaller than that of the chunk
 form, and nothing is left to win from chunks."""
 
+MARGIN = 1.15
+"""So many times faster than the recurrence must another form have been measured to be taken: less is noise."""
+
 MEASURED: Mapping[str, Sequence[Mapping[str, Any]]] = json.loads(
     (Path(__file__).parent / "measured_on_cpu.json").read_text(encoding="utf-8")
 )["forward"]
@@ -108,7 +111,7 @@ def fastest_on_cpu(case: str, t: int, size: int) -> str:
     if not rows:
         return "xla"
     milliseconds = min(rows, key=distance)["milliseconds"]
-    return min(milliseconds, key=milliseconds.__getitem__)
+    return "xla" if MARGIN * milliseconds["xla"] < milliseconds["reference"] else "reference"
 
 
 def variant_of(log_decay: Array | None) -> str:
@@ -149,6 +152,31 @@ def check_masks(op: str, shape: tuple[int, ...], **masks: Array | None) -> None:
     for name, mask in masks.items():
         check_shape(op, name, mask, shape)
         check_bool(op, name, mask)
+
+
+def check_float(op: str, **arrays: Array | None) -> None:
+    """Raises ValueError if an array that is given holds no real floats."""
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{op}: {name} has dtype {array.dtype}, needs a real floating dtype")
+
+
+def check_choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError if a setting has none of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}, needs one of {', '.join(map(str, allowed))}")
+
+
+def initial(state: Array | None, shape: tuple[int, ...], dtype: DTypeLike, start: Array | None) -> Array:
+    """The state [b ...] to begin with: zeros if none is given, and where a document begins at the first token.
+
+    The latter is what the recurrence does too, but by a product in the fast forms: a state that is not finite, left by
+    another document, would stay.
+    """
+    if state is None:
+        return jnp.zeros(shape, dtype)
+    state = state.astype(dtype)
+    return state if start is None else jnp.where(beside(start[:, 0], state), jnp.zeros_like(state), state)
 
 
 def accumulator(*arrays: Array | None) -> DTypeLike:

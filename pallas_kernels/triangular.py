@@ -18,6 +18,8 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from pallas_kernels import dispatch
+
 Precision = Literal["float32", "bf16x3", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16x3", "bf16")
 
@@ -54,8 +56,7 @@ def unit_lower_inverse(A: Float[Array, "*batch c c"], precision: Precision = "fl
     c = A.shape[-1]
     if c & (c - 1):
         raise ValueError(f"unit_lower_inverse: A has shape {list(A.shape)}, needs a last axis that is a power of two")
-    if precision not in PRECISIONS:
-        raise ValueError(f"unit_lower_inverse: precision is {precision!r}, needs one of {', '.join(PRECISIONS)}")
+    dispatch.check_choice("unit_lower_inverse", "precision", precision, PRECISIONS)
     below = []  # for b = c/2, ..., 2, 1: the blocks of A left of each odd diagonal block, [N c/2b b b]
     diagonal = A.reshape(-1, 1, c, c)
     while (b := diagonal.shape[-1] // 2) > 0:

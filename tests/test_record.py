@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from memjax import record
+from memjax.errors import DataError
 
 
 def test_write(tmp_path):
@@ -25,6 +26,27 @@ def test_what_can_not_be_written_leaves_the_old_record(tmp_path):
     with pytest.raises(TypeError):
         record.write_record("speed", {"rows": object()}, tmp_path)
     assert json.loads(path.read_text())["rows"] == 1
+
+
+def test_what_json_lacks_is_null(tmp_path):
+    path = record.write_record("speed", {"rows": [{"error": float("inf")}, (float("nan"), 1.0)]}, tmp_path)
+    assert json.loads(path.read_text())["rows"] == [{"error": None}, [None, 1.0]]
+
+
+def test_a_record_of_another_config_is_not_replaced(tmp_path):
+    config = {"ops": ("a", "b"), "repeats": 2}
+    path = record.begin_record("speed", tmp_path, config).write({"config": config})
+    assert record.begin_record("speed", tmp_path, config).path == path
+    with pytest.raises(DataError, match=f"{path.name}: holds a record of other repeats and is not replaced"):
+        record.begin_record("speed", tmp_path, config | {"repeats": 3})
+    path.write_text("{")
+    with pytest.raises(DataError, match=f"{path.name}: is no record with a config"):
+        record.begin_record("speed", tmp_path, config)
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert record.environment()["commit"] is None
 
 
 def test_the_commit_is_that_of_this_checkout_only(tmp_path, monkeypatch):

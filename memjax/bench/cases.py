@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ import numpy as np
 import pallas_kernels
 
 CHUNK = 64  # the ops' default
+Contents = Literal["usual", "hard", "alike"]
+CONTENTS: tuple[Contents, ...] = ("usual", "hard", "alike")
 GATES = ("log_decay", "phase", "beta", "erase", "write")
 STATES = ("initial_state", "cache")
 
@@ -38,8 +40,8 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "quick": [Shape(1, 256, 2, 32)],
-    # 3 chunks of 16 and a rest, heads that are no power of two: what the tests of the ops run most
-    "tests": [Shape(2, 55, 3, 5)],
+    # 3 chunks, and heads and channels that are no powers of two; no rest, which peers refuse
+    "tests": [Shape(2, 3 * CHUNK, 3, 24)],
     "cpu": [Shape(1, 4096, 4, 64)],
     # benchmarks/ops/registry.py of flash-linear-attention, so that figures can be set side by side
     "fla": [
@@ -61,12 +63,14 @@ SCALED = [Shape(1, t << 10, 4, 64) for t in (4, 8, 16, 32, 64)]
 class Draw:
     """Random inputs of one shape.
 
-    hard: what breaks chunked forms. Keys with a cosine of 0.9 between any two; gates of 0, of -20 and mild ones mixed
-    inside a chunk; rates of 0 and 1 (2 where the rule allows that); a state 100 times as large.
+    contents: "hard" and "alike" are what breaks chunked forms. hard: keys with a cosine of 0.9 between any two; gates
+    of 0, of -20 and mild ones mixed inside a chunk; rates of 0 and 1 (2 where the rule allows that); a state 100 times
+    as large. alike: such keys too, with hardly a decay and the largest rate for every token, so that nothing in a chunk
+    parts its tokens; the inverse of a chunk's matrix is as ill-conditioned as it gets.
     """
 
-    def __init__(self, rng: np.random.Generator, shape: Shape, hard: bool):
-        self.rng, self.hard = rng, hard
+    def __init__(self, rng: np.random.Generator, shape: Shape, contents: Contents):
+        self.rng, self.contents = rng, contents
         self.b, self.t, self.h, self.d = shape[:4]
 
     def normal(self, *shape: int) -> np.ndarray:
@@ -79,21 +83,25 @@ class Draw:
     def keys(self, steps: int = 1) -> np.ndarray:
         """[b t*steps h d], of length 1."""
         keys = _unit(self.rows(steps))
-        return _unit(keys + 3 * self.d**-0.5) if self.hard else keys
+        return keys if self.contents == "usual" else _unit(keys + 3 * self.d**-0.5)
 
     def rate(self, *shape: int, most: float = 1.0) -> np.ndarray:
-        """Between 0 and 1; hard ones are also 0 and `most`."""
+        """Between 0 and 1; hard ones are also 0 and `most`; alike ones `most`."""
+        if self.contents == "alike":
+            return np.full(shape, most)
         rate = self.rng.random(shape)
         which = self.rng.integers(3, size=shape)
-        return np.where(which == 0, 0.0, np.where(which == 1, most, rate)) if self.hard else rate
+        return np.where(which == 0, 0.0, np.where(which == 1, most, rate)) if self.contents == "hard" else rate
 
     def log_decay(self, *shape: int) -> np.ndarray:
+        if self.contents == "alike":
+            return -0.01 * self.rng.random(shape)
         mild = -0.1 * self.normal(*shape) ** 2
         which = self.rng.integers(3, size=shape)
-        return np.where(which == 0, 0.0, np.where(which == 1, -20.0, mild)) if self.hard else mild
+        return np.where(which == 0, 0.0, np.where(which == 1, -20.0, mild)) if self.contents == "hard" else mild
 
     def state(self, *shape: int) -> np.ndarray:
-        return self.normal(*shape) * (100.0 if self.hard else 1.0)
+        return self.normal(*shape) * (100.0 if self.contents == "hard" else 1.0)
 
     def attention(self, steps: int = 1) -> dict[str, np.ndarray]:
         """q, k, v and the state of a recurrence with keys and values."""
@@ -133,9 +141,9 @@ class Case(NamedTuple):
         options = {**self.options, "implementation": implementation}
         return lambda **arrays: op(**arrays, **options)
 
-    def draw(self, rng: np.random.Generator, shape: Shape, hard: bool = False) -> dict[str, Any]:
+    def draw(self, rng: np.random.Generator, shape: Shape, contents: Contents = "usual") -> dict[str, Any]:
         """Inputs in numbers that shape.dtype can hold, as numpy arrays that are float64 still."""
-        inputs = self.inputs(Draw(rng, shape, hard))
+        inputs = self.inputs(Draw(rng, shape, contents))
         narrow = {name: functools.partial(_round, dtype=dtype_of(name, shape.dtype)) for name in inputs}
         return {name: jax.tree.map(narrow[name], x) for name, x in inputs.items()}
 
@@ -154,8 +162,13 @@ def on_device(arrays: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return found
 
 
-def masks(rng: np.random.Generator, shape: Shape) -> dict[str, np.ndarray]:
-    """valid and start [b t]: a tenth of the tokens is padding; documents begin at a chunk's edge and inside chunks."""
+def masks(rng: np.random.Generator, shape: Shape, contents: Contents = "usual") -> dict[str, np.ndarray]:
+    """valid and start [b t]: a tenth of the tokens is padding; documents begin at a chunk's edge and inside chunks.
+
+    Where contents are alike, one document has every token: a mask would part them.
+    """
+    if contents == "alike":
+        return {"valid": np.ones((shape.b, shape.t), bool), "start": np.zeros((shape.b, shape.t), bool)}
     at = np.arange(shape.t)
     start = np.stack([(at == CHUNK) | (at % 41 == 5) if row % 2 == 0 else at == CHUNK + 3 for row in range(shape.b)])
     return {"valid": rng.random((shape.b, shape.t)) < 0.9, "start": start}

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,8 @@ def main() -> None:
                 del kept
                 answer(seconds=seconds)
         except Exception as error:
-            answer(error=f"{type(error).__name__}: {error}")
+            failed = traceback.extract_tb(error.__traceback__)[-1].line  # all that a bare `assert` says
+            answer(error=f"{type(error).__name__}: {error}".removesuffix(": ") + f" (at `{failed}`)")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -22,11 +23,18 @@ from memjax.errors import MemjaxError
 
 SCRIPT = Path(__file__).with_name("fla_peer.py")
 PLACES = (Path(".venv-peers/bin/python"), Path(__file__).parents[2] / ".venv-peers/bin/python")
+# Threads of OpenMP that wait spin for milliseconds otherwise, beside whoever is timed next, and lose whole time slices
+# at their own barriers on a busy machine.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 TOLERANCE = 5e-3  # flash-linear-attention's own, for outputs and gradients
 
 
 class PeerError(MemjaxError):
-    """The peers' process can't be started, has ended, or refused what it was asked."""
+    """The peers' process can't be started, or refused what it was asked."""
+
+
+class PeerGone(PeerError):
+    """The peers' process has ended, or says what is no answer: nothing more can be asked of it."""
 
 
 def associative_scan(x: Any, log_decay: Array, phase: Array | None = None) -> tuple[Any, Any]:
@@ -60,8 +68,10 @@ class Fla:
             got = fla.prepare("kda", inputs, cotangents)
             seconds = fla.run("both")
 
-    Every method raises PeerError with what the process said.
+    Every method raises PeerError with what the process said. After a PeerGone, `gone` is its message.
     """
+
+    gone: str | None = None
 
     def __init__(self, python: Path):
         self.python = python
@@ -79,17 +89,22 @@ class Fla:
                         stderr=self._log,
                         text=True,
                         cwd=folder,
+                        env=os.environ | THREADS,
                     )
                 )
             except OSError as error:
                 raise PeerError(f"{self.python}: {error.strerror}") from None
             self._folder = Path(folder)
-            self.about = self._answer()
+            try:
+                self.about = self._answer() | THREADS
+            except PeerGone as error:
+                raise PeerError(f"{self.python}: {error}") from None
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()  # closes the script's input, with which it ends, and waits for it
+        self._close_input()  # with which the script ends
+        self._stack.close()
 
     def prepare(self, peer: str, inputs: Mapping[str, Any], cotangents: Any) -> dict[str, np.ndarray]:
         """Hands over the arrays; returns "o", "state" and "d NAME" for every input, from one run of both directions."""
@@ -107,25 +122,37 @@ class Fla:
         return self._ask(do="run", mode=mode)["seconds"]
 
     def _ask(self, **message: Any) -> dict[str, Any]:
+        if self.gone:
+            raise PeerGone(self.gone)
         assert self._process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):  # the answer says so
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says so
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
+            self._close_input()
+            code = self._process.wait()
             self._log.seek(0)
             said = self._log.read().strip().splitlines() or ["nothing"]
-            raise PeerError(f"{self.python}: the peers' process has ended; its last line: {said[-1]}")
-        answer = json.loads(line)
+            self.gone = f"the peers' process has ended with code {code}; its last line: {said[-1]}"
+            raise PeerGone(self.gone)
+        try:
+            answer = dict(json.loads(line))
+        except (TypeError, ValueError):
+            self.gone = f"the peers' process says {line[:80].rstrip()!r}, which is no answer"
+            raise PeerGone(self.gone) from None
         if "error" in answer:
-            raise PeerError(f"peer: {answer['error']}")
+            raise PeerError(answer["error"])
         return answer
+
+    def _close_input(self) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # what was written to a process that has ended
+            self._process.stdin.close()
 
 
 def results(outputs: Any, gradients: Mapping[str, Any]) -> dict[str, Any]:

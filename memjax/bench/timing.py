@@ -1,16 +1,18 @@
 """Programs of an op, and how they are timed.
 
-Contestants take turns, A-B-A-B, so that whatever else the machine does meets all of them alike. On CPUs a sample is one
-call, milliseconds long. On accelerators a call is shorter than the host needs to start it: there a sample is a loop of
-calls inside one program, whose inputs pass an optimization barrier together with the results of the call before, so
-that no call can be left out, hoisted or overlapped. A decode step is short everywhere: a sample is a chain of calls,
-each of which takes over the state of the one before, and the cost of calling is in it.
+Contestants take turns, and every turn begins with the next of them, A-B-C-B-C-A, so that whatever else the machine does
+meets all of them alike, and so does what the one before has left behind. On CPUs a sample is one call, milliseconds
+long. On accelerators a call is shorter than the host needs to start it: there a sample is a loop of calls inside one
+program, whose inputs pass an optimization barrier together with the results of the call before, so that no call can be
+left out, hoisted or overlapped. A decode step is short everywhere: a sample is a chain of calls, each of which takes
+over the state of the one before, and the cost of calling is in it.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -70,14 +72,19 @@ def caller(mode: str, op: Callable[..., Any], inputs: Mapping[str, Any], cotange
 
 
 def interleave(calls: Mapping[Any, Call], repeats: int) -> dict[Any, list[float]]:
-    """`repeats` samples of each, in seconds, taken in turns after WARM_UP rounds that don't count."""
+    """`repeats` samples of each, in seconds, taken in turns after WARM_UP rounds that don't count.
+
+    The first of a turn is the last of the next.
+    """
     samples: dict[Any, list[float]] = {name: [] for name in calls}
+    order = deque(calls)
     for turn in range(-WARM_UP, repeats):
-        for name, call in calls.items():
+        for name in order:
             time.sleep(PAUSE_SECONDS)
-            seconds = call()
+            seconds = calls[name]()
             if turn >= 0:
                 samples[name].append(seconds)
+        order.rotate(-1)
     return samples
 
 
@@ -93,7 +100,7 @@ def _options(hasty: bool) -> dict[str, Any] | None:
 
 def _enough(one: Callable[[int], float]) -> int:
     """How many calls make a sample of SAMPLE_SECONDS, if one(n) takes the seconds of n calls."""
-    one(1)
+    one(4)  # compiles
     return max(1, min(10_000, round(SAMPLE_SECONDS / max(one(4) / 4, 1e-6))))
 
 
@@ -102,8 +109,9 @@ def _looped(run: Callable[..., Any], inputs: Mapping[str, Any], cotangents: Any)
         now, _ = lax.optimization_barrier(carry)
         return now, jax.tree.leaves(run(*now))
 
-    @jax.jit
-    def loop(n: Any, inputs: Any, cotangents: Any) -> Any:
+    # A number of turns that the compiler knows spares an accelerator asking the host, or itself, whether to go on.
+    @functools.partial(jax.jit, static_argnums=0)
+    def loop(n: int, inputs: Any, cotangents: Any) -> Any:
         now = inputs, cotangents
         return lax.fori_loop(1, n, turn, (now, jax.tree.leaves(run(*now))))[1]
 
@@ -113,6 +121,7 @@ def _looped(run: Callable[..., Any], inputs: Mapping[str, Any], cotangents: Any)
         return time.perf_counter() - began
 
     n = _enough(seconds)
+    seconds(n)  # compiles
     return lambda: seconds(n) / n
 
 

@@ -48,7 +48,7 @@ def delta_rule(
         beta |k|^2 > 2.
       v: [b t*n h v], h a multiple of hk: value head j uses key head j // (h / hk).
       beta: [b t*n h], the rate of the update, 0 to 1, or to 2 where negative eigenvalues are wanted.
-      log_decay: natural log of the factor on the state before the first read of a token, finite and <= 0. None: no
+      log_decay: natural log of the factor on the state before the first read of a token, <= 0. None: no
         decay (DeltaNet). [b t h]: one per head (Gated DeltaNet). [b t h k]: one per key channel (KDA).
       erase: [b t*n h k], how much of what is read with each channel of k is taken away, 0 to 1 (Gated DeltaNet-2).
       write: [b t*n h v], how much of each channel of v is written, 0 to 1. Given together with erase and without beta.
@@ -60,8 +60,8 @@ def delta_rule(
       chunk_size: rows of k per chunk of the chunked forms, a power of two.
       inverse_precision: of the products that invert a triangular matrix in the chunked forms, "float32" (that of the
         state, which may be float64), "bf16x3" or "bf16"; `triangular.unit_lower_inverse` says what it costs.
-      implementation: "reference" (a scan over rows), "xla" (chunks, any device) or None: the recurrence for at most 16
-        rows, else what was measured to be the fastest.
+      implementation: "reference" (a scan over rows, the definition), "xla" (chunks, any device), or None: the fastest
+        for the shape and for what is asked for. "xla" and None have reverse-mode derivatives only.
 
     Returns:
       o [b t h v] in the dtype of v, and the state after the last token [b h k v]. The state is float32, or float64 if
@@ -69,9 +69,9 @@ def delta_rule(
       of one part is the initial state of the next. Every array is differentiable, initial_state too.
 
     Raises:
-      ValueError: shapes that don't fit, masks that are not bool, beta beside erase or write, one of these alone, none
-        of the three, num_householder < 1, a chunk_size that is no power of two, an unknown inverse_precision or
-        implementation.
+      ValueError: shapes that don't fit, arrays that hold no floats, masks that are not bool, beta beside erase or
+        write, one of these alone, none of the three, num_householder < 1, a chunk_size that is no power of two, an
+        unknown inverse_precision or implementation.
 
     References:
       Yang et al., Parallelizing linear transformers with the delta rule over sequence length, arXiv 2406.06484; Yang et
@@ -98,12 +98,12 @@ def delta_rule(
     dispatch.check_shape(op, "log_decay", log_decay, (b, t, h), (b, t, h, d))
     dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
+    dispatch.check_float(op, q=q, k=k, v=v, **rates, log_decay=log_decay, initial_state=initial_state)
     dispatch.check_chunk_size(op, chunk_size)
-    if inverse_precision not in PRECISIONS:
-        raise ValueError(f"{op}: inverse_precision is {inverse_precision!r}, needs one of {', '.join(PRECISIONS)}")
+    dispatch.check_choice(op, "inverse_precision", inverse_precision, PRECISIONS)
 
     dtype = dispatch.accumulator(q, k, v, beta, erase, write, log_decay, initial_state)
-    state = jnp.zeros((b, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
+    state = dispatch.initial(initial_state, (b, h, d, e), dtype, start)
     erase, write = (erase, write) if beta is None else (beta, beta)
     if valid is not None:
         q, log_decay = dispatch.keep(valid, q, log_decay)

@@ -40,7 +40,7 @@ def delta_rule(
     inverse_precision: Precision,
 ) -> tuple[Array, Array]:
     """Arrays as in the public op, erase and write [b t h] or per channel; state has the dtype to compute in."""
-    precision, c = chunks.precision_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
+    precision, c = chunks.precision_for(q, k, v), chunks.chunk_length(q.shape[1], chunk_size)
     dot = functools.partial(jnp.matmul, precision=precision)
     full = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # what the inverse and the state touch
     groups = v.shape[2] // k.shape[2]

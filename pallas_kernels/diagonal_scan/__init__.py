@@ -1,7 +1,6 @@
 """The elementwise linear recurrence, real and complex."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -36,8 +35,8 @@ def diagonal_scan(
       valid: [b t], False where a token changes nothing, whatever stands in its inputs (NaN too); its h is 0.
       start: [b t], True where the state is cleared before the token, even if that is not valid, so that packed
         documents don't see each other.
-      implementation: "reference" (a scan over tokens), "xla" (any device) or None: the recurrence for at most 16
-        tokens, else what was measured to be the fastest.
+      implementation: "reference" (a scan over tokens, the definition), "xla" (any device), or None: the fastest for
+        the shape and for what is asked for. "xla" and None have reverse-mode derivatives only.
 
     Returns:
       h [b t ...] in the dtype of x, and the state after the last token [b ...]. The state is float32, or float64 if any
@@ -45,8 +44,8 @@ def diagonal_scan(
       one part is the initial state of the next. Every array is differentiable, initial_state too.
 
     Raises:
-      ValueError: shapes that don't fit, a single array where phase needs a pair or a pair without phase, masks that are
-        not bool, an unknown implementation.
+      ValueError: shapes that don't fit, arrays that hold no floats, a single array where phase needs a pair or a pair
+        without phase, masks that are not bool, an unknown implementation.
 
     References:
       Martin and Cundy, Parallelizing linear recurrent neural nets over sequence length, arXiv 1709.04057; Orvieto et
@@ -65,9 +64,10 @@ def diagonal_scan(
     for part in state:
         dispatch.check_shape(op, "initial_state", part, (b, *rest))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
+    dispatch.check_float(op, x=parts[0], log_decay=log_decay, phase=phase, initial_state=state[0])
 
     dtype = dispatch.accumulator(*parts, log_decay, phase, *state)
-    state = tuple(jnp.zeros((b, *rest), dtype) if part is None else part.astype(dtype) for part in state)
+    state = tuple(dispatch.initial(part, (b, *rest), dtype, start) for part in state)
     inputs = dispatch.keep(valid, *parts), *dispatch.keep(valid, log_decay, phase)
     if phase is None:
         inputs, state = (inputs[0][0], *inputs[1:]), state[0]
@@ -80,12 +80,12 @@ def diagonal_scan(
 def _parts(op: str, name: str, given: Array | tuple[Array, Array] | None, phase: Array | None) -> tuple:
     """The one array of a real argument, the two of a complex one, None for each that is not given."""
     if phase is None:
-        if isinstance(given, tuple):
+        if isinstance(given, tuple | list):
             raise ValueError(f"{op}: {name} is a tuple of {len(given)}, needs one array where no phase is given")
         return (given,)
     if given is None:
         return None, None
-    if not isinstance(given, tuple) or len(given) != 2:
-        got = f"a tuple of {len(given)}" if isinstance(given, tuple) else f"an array {list(given.shape)}"
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        got = f"a tuple of {len(given)}" if isinstance(given, tuple | list) else f"an array {list(given.shape)}"
         raise ValueError(f"{op}: {name} is {got}, needs a pair (real, imag) beside phase")
     return given

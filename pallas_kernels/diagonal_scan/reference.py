@@ -10,6 +10,7 @@ Values = Array | tuple[Array, Array]
 """Real numbers, or complex ones as (real, imag)."""
 
 
+@jax.jit
 def diagonal_scan(
     x: Values, log_decay: Array, phase: Array | None, state: Values, start: Array | None
 ) -> tuple[Values, Values]:

@@ -24,6 +24,7 @@ from pallas_kernels.diagonal_scan.reference import Values
 from pallas_kernels.scan import beside
 
 
+@functools.partial(jax.jit, static_argnames="chunk_size")
 def diagonal_scan(
     x: Values,
     log_decay: Array,

@@ -1,6 +1,5 @@
 """The delta rule whose transition is diagonal plus rank one, with free vectors for what is read and what is removed."""
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -38,7 +37,7 @@ def dplr_delta_rule(
       q, k: [b t h k]. The caller scales q; nothing is normalised here.
       v: [b t h v].
       a, b: [b t h k]. The recurrence diverges where diag(e^{log_decay}) + b a^T has an eigenvalue beyond 1.
-      log_decay: [b t h k], natural log of the factor on each channel of the state, finite and <= 0. The read with a is
+      log_decay: [b t h k], natural log of the factor on each channel of the state, <= 0. The read with a is
         of the state before it.
       initial_state: [b h k v], zeros by default.
       valid: [b t], False where a token changes nothing, whatever stands in its inputs (NaN too); its o is 0.
@@ -47,8 +46,8 @@ def dplr_delta_rule(
       chunk_size: tokens per chunk of the chunked forms, a power of two.
       inverse_precision: of the products that invert a triangular matrix in the chunked forms, "float32" (that of the
         state, which may be float64), "bf16x3" or "bf16"; `triangular.unit_lower_inverse` says what it costs.
-      implementation: "reference" (a scan over tokens), "xla" (chunks, any device) or None: the recurrence for at most
-        16 tokens, else what was measured to be the fastest.
+      implementation: "reference" (a scan over tokens, the definition), "xla" (chunks, any device), or None: the
+        fastest for the shape and for what is asked for. "xla" and None have reverse-mode derivatives only.
 
     Returns:
       o [b t h v] in the dtype of v, and the state after the last token [b h k v]. The state is float32, or float64 if
@@ -56,8 +55,8 @@ def dplr_delta_rule(
       of one part is the initial state of the next. Every array is differentiable, initial_state too.
 
     Raises:
-      ValueError: shapes that don't fit, masks that are not bool, a chunk_size that is no power of two, an unknown
-        inverse_precision or implementation.
+      ValueError: shapes that don't fit, arrays that hold no floats, masks that are not bool, a chunk_size that is no
+        power of two, an unknown inverse_precision or implementation.
 
     References:
       Peng et al., RWKV-7 "Goose" with expressive dynamic state evolution, arXiv 2503.14456.
@@ -71,12 +70,12 @@ def dplr_delta_rule(
     dispatch.check_shape(op, "v", v, (batch, t, h, e))
     dispatch.check_shape(op, "initial_state", initial_state, (batch, h, d, e))
     dispatch.check_masks(op, (batch, t), valid=valid, start=start)
+    dispatch.check_float(op, q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)
     dispatch.check_chunk_size(op, chunk_size)
-    if inverse_precision not in PRECISIONS:
-        raise ValueError(f"{op}: inverse_precision is {inverse_precision!r}, needs one of {', '.join(PRECISIONS)}")
+    dispatch.check_choice(op, "inverse_precision", inverse_precision, PRECISIONS)
 
     dtype = dispatch.accumulator(q, k, v, a, b, log_decay, initial_state)
-    state = jnp.zeros((batch, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
+    state = dispatch.initial(initial_state, (batch, h, d, e), dtype, start)
     o, state = dispatch.run(
         op,
         implementation,

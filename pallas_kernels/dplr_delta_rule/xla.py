@@ -39,7 +39,7 @@ def dplr_delta_rule(
     inverse_precision: Precision,
 ) -> tuple[Array, Array]:
     """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
-    precision, c = chunks.precision_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
+    precision, c = chunks.precision_for(q, k, v, a, b), chunks.chunk_length(q.shape[1], chunk_size)
     dot = functools.partial(jnp.matmul, precision=precision)
     full = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # what the inverse and the state touch
     if start is not None:  # a reads the state that start has cleared

@@ -1,6 +1,5 @@
 """Linear attention with no decay, a decay per head, or a decay per key channel."""
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -28,7 +27,7 @@ def linear_attention(
     Args:
       q, k: [b t h k]. The caller scales q; nothing is normalised here.
       v: [b t h v].
-      log_decay: natural log of the factor on the state before the write, finite and <= 0. None: the state never
+      log_decay: natural log of the factor on the state before the write, <= 0. None: the state never
         decays (linear attention). [b t h]: one decay per head (retention, Mamba-2). [b t h k]: one per key channel
         (GLA).
       initial_state: [b h k v], zeros by default.
@@ -46,8 +45,8 @@ def linear_attention(
       of one part is the initial state of the next.
 
     Raises:
-      ValueError: shapes that don't fit, `start` that is not bool, a chunk_size that is no power of two, an
-        implementation that is not available.
+      ValueError: shapes that don't fit, arrays that hold no floats, masks that are not bool, a chunk_size that is no
+        power of two, an implementation that is not available.
 
     References:
       Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236; Yang et al., Gated linear attention transformers
@@ -62,10 +61,11 @@ def linear_attention(
     dispatch.check_shape(op, "log_decay", log_decay, (b, t, h), (b, t, h, d))
     dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
+    dispatch.check_float(op, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     dispatch.check_chunk_size(op, chunk_size)
 
     dtype = dispatch.accumulator(q, k, v, log_decay, initial_state)
-    state = jnp.zeros((b, h, d, e), dtype) if initial_state is None else initial_state.astype(dtype)
+    state = dispatch.initial(initial_state, (b, h, d, e), dtype, start)
     q, k, v, log_decay = dispatch.keep(valid, q, k, v, log_decay)
     args = (q, k, v, log_decay, state, start)
     variant, size = dispatch.variant_of(log_decay), state.size

@@ -25,7 +25,7 @@ def linear_attention(
     q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, start: Array | None, *, chunk_size: int
 ) -> tuple[Array, Array]:
     """Arrays as in the public op; state is given, and its dtype is the one to compute in."""
-    precision, c = chunks.precision_for(q.dtype), chunks.chunk_length(q.shape[1], chunk_size)
+    precision, c = chunks.precision_for(q, k, v), chunks.chunk_length(q.shape[1], chunk_size)
     dot = functools.partial(jnp.matmul, precision=precision)
 
     def span(state, now, start):

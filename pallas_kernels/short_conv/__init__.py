@@ -36,15 +36,16 @@ def short_conv(
       start: [b t], True where a document begins: rows before it read as 0, even if the token itself is not valid.
       bias: [c].
       activation: "silu" or None.
-      implementation: "reference" (a scan over tokens, the definition), "xla" (any device), or None: "reference" for at
-        most 16 tokens, "xla" for more. "xla" has a derivative in reverse mode only, which keeps the arguments and
-        nothing else.
+      implementation: "reference" (a scan over tokens, the definition), "xla" (any device), or None: the fastest for
+        the shape and for what is asked for. "xla" and None have reverse-mode derivatives only, which keep the arguments
+        and nothing else.
 
     Returns:
       y [b t c] in the dtype of x, summed in float32 (float64 if any array is), and the new cache.
 
     Raises:
-      ValueError: shapes that don't fit, masks that are not bool, an unknown activation or implementation.
+      ValueError: shapes that don't fit, arrays that hold no floats, masks that are not bool, an unknown activation or
+        implementation.
     """
     op = "short_conv"
     dispatch.check_rank(op, "x", x, "b t c")
@@ -53,9 +54,8 @@ def short_conv(
     dispatch.check_shape(op, "weight", weight, (w, c))
     dispatch.check_shape(op, "cache", cache, (b, w - 1, c))
     dispatch.check_shape(op, "bias", bias, (c,))
-    for name, mask in (("valid", valid), ("start", start)):
-        dispatch.check_shape(op, name, mask, (b, t))
-        dispatch.check_bool(op, name, mask)
+    dispatch.check_masks(op, (b, t), valid=valid, start=start)
+    dispatch.check_float(op, x=x, weight=weight, cache=cache, bias=bias)
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}, needs None or 'silu'")
 

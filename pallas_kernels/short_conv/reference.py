@@ -1,5 +1,7 @@
 """The short convolution, the definition: one token after another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +10,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.scan import beside, scan_tokens
 
 
+@functools.partial(jax.jit, static_argnames="activation")
 def short_conv(
     x: Array,
     weight: Array,

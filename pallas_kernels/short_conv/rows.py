@@ -35,9 +35,7 @@ def taps(
     if x.ndim < 2:
         raise ValueError(f"taps: x has shape {list(x.shape)}, needs [b t ...]")
     dispatch.check_shape("taps", "cache", cache, (x.shape[0], *cache.shape[1:2], *x.shape[2:]))
-    for name, mask in (("valid", valid), ("start", start)):
-        dispatch.check_shape("taps", name, mask, x.shape[:2])
-        dispatch.check_bool("taps", name, mask)
+    dispatch.check_masks("taps", x.shape[:2], valid=valid, start=start)
     n = cache.shape[1]
     places = find_places(valid, start, x.shape[1], n)
     rows = jnp.concatenate([cache, only(valid, x.astype(cache.dtype))], 1)

@@ -25,6 +25,7 @@ CPU_BLOCK = 2**15
 """Entries of x in a block of the backward on CPUs. From 2**13 to 2**16 it makes little difference."""
 
 
+@functools.partial(jax.jit, static_argnames="activation")
 def short_conv(
     x: Array,
     weight: Array,

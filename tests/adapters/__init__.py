@@ -66,24 +66,24 @@ def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, cotangen
 
 def recurrence(
     implementations: Iterable[str],
-    call: Callable[[dict[str, jax.Array], str], tuple[jax.Array, jax.Array]],
+    call: Callable[[dict[str, jax.Array], str | None], tuple[jax.Array, jax.Array]],
     inputs: dict[str, jax.Array],
     arrays: Arrays,
 ) -> Results:
     """out_o and out_final_state, which `call(inputs, implementation)` gives, and the gradients of sum(o do) +
-    sum(final_state dht)."""
+    sum(final_state dht): by every implementation, and by the one that None picks."""
     cotangents = given(arrays, "do", "dht")
 
-    def compute(implementation: str) -> Results:
+    def compute(implementation: str | None) -> Results:
         run = lambda a: (dict(zip(("do", "dht"), call(a, implementation), strict=True)), {})  # noqa: E731
         out, _, grads = value_and_grads(run, inputs, cotangents)
         return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
 
-    return each(implementations, compute)
+    return each((*implementations, None), compute)
 
 
-def each(labels: Iterable[str], compute: Callable[[str], Results]) -> Results:
-    """The results of `compute(label)` for every label, together under each array's name."""
-    runs = {label: compute(label) for label in labels}
+def each(labels: Iterable[str | None], compute: Callable[[Any], Results]) -> Results:
+    """The results of `compute(label)` for every label, together under each array's name; None is called default."""
+    runs = {label or "default": compute(label) for label in labels}
     names = next(iter(runs.values()))
     return {name: {label: run[name] for label, run in runs.items()} for name in names}

@@ -26,11 +26,20 @@ def test_inputs_fit_the_op_and_its_dtypes(case):
 
 
 def test_hard_inputs_are_hard():
-    drawn = CASES["delta_rule/channel"].draw(np.random.default_rng(0), Shape(1, 200, 1, 16), hard=True)
+    drawn = CASES["delta_rule/channel"].draw(np.random.default_rng(0), Shape(1, 200, 1, 16), "hard")
     k, beta, g = drawn["k"][0, :, 0], drawn["beta"], drawn["log_decay"]
     assert np.mean(k @ k.T) > 0.8
     assert {0.0, 2.0} < set(np.unique(beta)) and beta.max() == 2
     assert {0.0, -20.0} < set(np.unique(g)) and g.max() == 0
+
+
+def test_alike_inputs_part_no_tokens():
+    drawn = CASES["delta_rule/channel"].draw(np.random.default_rng(0), Shape(1, 200, 1, 16), "alike")
+    k, beta, g = drawn["k"][0, :, 0], drawn["beta"], drawn["log_decay"]
+    assert np.mean(k @ k.T) > 0.8
+    assert set(np.unique(beta)) == {2.0} and -0.01 <= g.min() < g.max() <= 0
+    masked = masks(np.random.default_rng(0), Shape(1, 200, 1, 16), "alike")
+    assert masked["valid"].all() and not masked["start"].any()
 
 
 def test_draws_repeat():

@@ -7,12 +7,25 @@ import jax
 import numpy as np
 import pytest
 
-from memjax.bench import peers
+from memjax.bench import ops, peers
 from memjax.bench.cases import CASES, Shape, on_device
 from memjax.bench.timing import compiled
 
 PYTHON = peers.find_python(None)
 SHAPE = Shape(1, 128, 2, 8)
+DYING = """
+import json, os, sys
+import numpy
+print(json.dumps(dict(waits=os.environ["OMP_WAIT_POLICY"])), flush=True)
+for line in sys.stdin:
+    question = json.loads(line)
+    if question["do"] == "{at}":
+        sys.exit(3)
+    case = numpy.load(question["file"])
+    names = {{name: name.replace("in ", "d ") for name in case}} | dict(do="o", dstate="state")
+    numpy.savez("results.npz", **{{names[name]: case[name] for name in case}})
+    print(json.dumps(dict(file=os.path.abspath("results.npz"))), flush=True)
+"""
 
 
 def both(case, op):
@@ -52,10 +65,39 @@ def test_a_process_that_ends_says_why(tmp_path, monkeypatch):
     script.write_text("raise SystemExit('no torch here')")
     monkeypatch.setattr(peers, "SCRIPT", script)
     with (
-        pytest.raises(peers.PeerError, match="has ended; its last line: no torch here"),
+        pytest.raises(peers.PeerError, match="has ended with code 1; its last line: no torch here"),
         peers.Fla(Path(sys.executable)),
     ):
         pass
+
+
+def test_a_process_that_is_no_peer_is_refused(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("print('hello')")
+    monkeypatch.setattr(peers, "SCRIPT", script)
+    with pytest.raises(peers.PeerError, match="says 'hello', which is no answer"), peers.Fla(Path(sys.executable)):
+        pass
+
+
+@pytest.mark.parametrize("at", ["prepare", "run"])
+def test_a_peer_that_dies_is_left_out_from_then_on(tmp_path, monkeypatch, at):
+    """Two cases: the first says why, the second is timed without it, and closing what has ended is no error."""
+    script = tmp_path / "script.py"
+    script.write_text(DYING.format(at=at))
+    monkeypatch.setattr(peers, "SCRIPT", script)
+    monkeypatch.setattr(peers, "error", lambda x, ref: 0.0)
+    two = tuple(CASES[name] for name in ("linear_attention/head", "delta_rule"))
+    with peers.Fla(Path(sys.executable)) as fla:
+        assert fla.about == {"waits": "PASSIVE", **peers.THREADS}
+        plan = ops.Plan(two, (Shape(1, 70, 2, 4),), repeats=1, hasty=True, fla=fla)
+        first, second = ops.times(plan)
+        with pytest.raises(peers.PeerGone):
+            fla.run("both")
+    message = "the peers' process has ended with code 3; its last line: nothing"
+    assert [row["refused"] for row in first if "refused" in row] == [message] and fla.gone == message
+    assert {row["who"] for row in second} == {"default"}
+    for rows in (first, second):
+        assert {row["mode"] for row in rows if row["who"] == "default"} == set(ops.MODES)
 
 
 def test_a_python_that_is_not_there_is_refused(tmp_path):

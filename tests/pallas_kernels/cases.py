@@ -58,10 +58,19 @@ _MAIN = [
     if variant.groups * variant.n == 1 and variant.name not in ("gates-none", "gates-head")
 ]
 
+# 28 chunks: more than are computed side by side, so that there is a loop over spans of them
+MANY_CHUNKS = [
+    variant._replace(name=f"{variant.name}-many-chunks", chunk_size=2)
+    for variant in VARIANTS
+    if variant.name in ("linear-head", "linear-channel", "beta-head", "dplr")
+]
+
 # of the main variants: each length is a program of its own
 _LENGTHS: dict[str, dict[str, Any]] = {
     **{f"t{t}": {"t": t} for t in LENGTHS},
     "many-chunks": {"chunk_size": 2, "start": "inside"},
+    "many-chunks-left": {"chunk_size": 2, "valid": "left", "gates": "mild"},
+    "many-chunks-masks": {"chunk_size": 2, "valid": "random", "start": "dense"},
 }
 # of all variants: two programs for all
 _CONTENTS: dict[str, dict[str, Any]] = {

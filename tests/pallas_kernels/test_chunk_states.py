@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.chunk_states import Chunks, Correction, Span, Write, chunk_states, compose, summary
+from pallas_kernels.chunk_states import Affine, Chunks, Correction, Write, chunk_states, compose, summary
 from tests.pallas_kernels.compare import assert_close, compiled
 
 B, H, C, K, V = 2, 3, 4, 5, 7
@@ -101,7 +101,7 @@ def test_compose_in_an_associative_scan():
     with jax.enable_x64(True):
         given, _ = chunks("both", 5)
         each = [summary(jax.tree.map(lambda x, i=i: x[i : i + 1], given)) for i in range(5)]
-        stacked = Span(*(jnp.stack(x) for x in zip(*each, strict=True)))
+        stacked = Affine(*(jnp.stack(x) for x in zip(*each, strict=True)))
         scanned = jax.lax.associative_scan(jax.vmap(compose), stacked)
         whole = summary(given)
         assert_close({"M": scanned.M[-1], "E": scanned.E[-1]}, {"M": whole.M, "E": whole.E}, {"": 1e-12})

@@ -285,6 +285,67 @@ def test_transformed(implementation, kind):
 
 
 @both
+@pytest.mark.parametrize("implementation", FAST_FORMS)
+def test_a_mask_may_be_shared(implementation, kind):
+    """vmap over the rows with one `start` for all of them."""
+    found, _, _ = arrays(Case("shared", 2 * C + 1), kind, np.float32)
+    start = jnp.arange(2 * C + 1)[None] % 5 == 3
+    op = functools.partial(diagonal_scan, implementation=implementation)
+    want = compiled(op)(**found, start=jnp.repeat(start, B, 0))
+    rows = jax.tree.map(lambda a: a[:, None], found)
+    got = compiled(jax.vmap(lambda found, start: op(**found, start=start), in_axes=(0, None)))(rows, start)
+    assert_close(flat(jax.tree.map(lambda a: a[:, 0], got)), flat(want), {"": 1e-6})
+
+
+@both
+@pytest.mark.parametrize("implementation", EVERY_FORM)
+def test_a_start_forgets_a_state_that_is_not_finite(implementation, kind):
+    with jax.enable_x64(True):
+        found, mask, cotangents = arrays(Case("overflow", start="dense", valid="random"), kind)
+        mask["start"] = mask["start"].at[:, 0].set(True)
+        states = (jax.tree.map(lambda a: jnp.full_like(a, v), found["initial_state"]) for v in (jnp.nan, 0))  # noqa: B023
+        got, want = (program(implementation)(found | {"initial_state": s}, mask, cotangents) for s in states)
+        assert all((np.asarray(a) == 0).all() for name, a in got.items() if "grad_initial_state" in name)
+        assert_close(got, want, {"": 0.0})
+
+
+@both
+@pytest.mark.parametrize("implementation", EVERY_FORM)
+def test_a_state_may_be_donated(implementation, kind):
+    found, _, _ = arrays(Case("donated"), kind, np.float32)
+    state = found.pop("initial_state")
+
+    def op(state, found):
+        return diagonal_scan(**found, initial_state=state, implementation=implementation)
+
+    want = flat(compiled(op)(state, found))
+    got = flat(compiled(op, donate_argnums=0)(state, found))
+    assert all(a.is_deleted() for a in jax.tree.leaves(state))
+    assert_close(got, want, {"": 0.0})
+
+
+@both
+def test_gradients_of_gradients(kind):
+    with jax.enable_x64(True):
+        found, mask, cotangents = arrays(Case("twice", gates="mild", start="inside", valid="right"), kind)
+        directions = jax.tree.map(lambda a: jnp.cos(3 * a), found)
+
+        def of(implementation):
+            def products(a, b):
+                return sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), a, b)))
+
+            def loss(found):
+                outputs = diagonal_scan(**found, **mask, implementation=implementation)
+                return products(jax.tree.map(jnp.sin, outputs), cotangents)
+
+            return flat(compiled(jax.grad(lambda found: products(jax.grad(loss)(found), directions)))(found))
+
+        want = of("reference")
+        for implementation in (*FAST_FORMS, None):
+            assert_close(of(implementation), want, {"": 1e-11})
+
+
+@both
 @pytest.mark.parametrize("implementation", EVERY_FORM)
 def test_under_shard_map(implementation, kind):
     """Rows over 8 devices; a state that is the same on all of them gets its gradient summed over them."""
@@ -403,6 +464,13 @@ def test_errors_name_the_argument():
         (real | {"start": mask[:, 1:]}, r"start has shape \[2, 4\], needs \[2, 5\]"),
         (real | {"valid": mask[:1]}, r"valid has shape \[1, 5\], needs \[2, 5\]"),
         (real | {"valid": mask.astype(jnp.int32)}, "valid has dtype int32, needs bool"),
+        *(
+            (real | {name: real[name].astype(dtype)}, f"{name} has dtype {dtype}, needs a real floating dtype")
+            for name in real
+            for dtype in ("int32", "complex64")
+        ),
+        (pair | {"x": (x.astype(jnp.int32), x)}, "x has dtype int32, needs a real floating dtype"),
+        (pair | {"x": (x, x.astype(jnp.int32))}, "x has dtype int32, needs a real floating dtype"),
         (real | {"implementation": "fast"}, "implementation is 'fast', needs None or one of reference, xla"),
     ]:
         with pytest.raises(ValueError, match=f"diagonal_scan: {message}"):

@@ -1,11 +1,14 @@
 """Which form None runs: by length, by what is asked for, by the platform lowered for; and that a name is obeyed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, linear_attention
+from experiments import measure_forms
+from pallas_kernels import delta_rule, diagonal_scan, dispatch, dplr_delta_rule, linear_attention, short_conv
 from tests.pallas_kernels.compare import compiled
 
 
@@ -104,13 +107,37 @@ def test_a_name_never_falls_back():
         run(jnp.zeros(5), forms, "pallas_gpu")
 
 
+Q, RATE = jnp.ones((1, 40, 2, 3)), jnp.zeros((1, 40, 2))
+CALLS = {
+    "linear": functools.partial(linear_attention, Q, Q, Q),
+    "linear-head": functools.partial(linear_attention, Q, Q, Q, RATE, start=RATE[..., 0] > 0),
+    "delta": functools.partial(delta_rule, Q, Q, Q, RATE, RATE, chunk_size=4),
+    "dplr": functools.partial(dplr_delta_rule, Q, Q, Q, Q, Q, 0 * Q, chunk_size=4),
+    "diagonal-real": functools.partial(diagonal_scan, Q, 0 * Q),
+    "diagonal-complex": functools.partial(diagonal_scan, (Q, Q), 0 * Q, Q),
+    "short-conv": functools.partial(short_conv, RATE, jnp.ones((4, 2)), jnp.zeros((1, 3, 2))),
+}
+
+
 @pytest.mark.parametrize("implementation", [None, "reference", "xla"])
-def test_a_second_call_traces_nothing(implementation):
+@pytest.mark.parametrize("op", CALLS.values(), ids=CALLS.keys())
+def test_a_second_call_traces_nothing(op, implementation):
     """Outside jit too, where an op is called in a notebook."""
-    q = jnp.ones((1, 40, 2, 3))
-    linear_attention(q, q, q, implementation=implementation)
+    op(implementation=implementation)
     with jax.no_tracing():
-        linear_attention(q, q, q, implementation=implementation)
+        op(implementation=implementation)
+
+
+def test_noise_is_no_reason_to_leave_the_recurrence(monkeypatch):
+    for milliseconds, form in ((2.0, "reference"), (1.0, "reference"), (0.9, "reference"), (0.8, "xla")):
+        rows = [{"t": 100, "size": 1, "milliseconds": {"reference": 1.0, "xla": milliseconds}}]
+        monkeypatch.setattr(dispatch, "MEASURED", {"op": rows})
+        assert dispatch.fastest_on_cpu("op", 100, 1) == form
+    assert dispatch.fastest_on_cpu("not measured", 100, 1) == "xla"
+
+
+def test_every_form_that_is_asked_for_is_measured():
+    assert dispatch.MEASURED.keys() == measure_forms.FORMS.keys()
 
 
 def test_measured_rows_are_of_known_ops_and_forms():

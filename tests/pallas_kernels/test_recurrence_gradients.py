@@ -1,15 +1,16 @@
-"""Random cases of the recurrences in float64: values and gradients against the recurrence and finite differences."""
+"""Gradients in float64: random cases against the recurrence and finite differences, and gradients of gradients."""
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels.linear_attention import IMPLEMENTATIONS
 from tests.pallas_kernels import cases
-from tests.pallas_kernels.cases import VARIANTS
-from tests.pallas_kernels.compare import assert_close, expected, settings, value_and_gradients
+from tests.pallas_kernels.cases import MANY_CHUNKS, VARIANTS
+from tests.pallas_kernels.compare import assert_close, compiled, expected, settings, value_and_gradients
 
 CONTENTS = st.fixed_dictionaries(
     {
@@ -26,7 +27,7 @@ H = 1e-5  # the step of the differences: their error is h^2 from the function an
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "reference"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", VARIANTS + MANY_CHUNKS, ids=lambda variant: variant.name)
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(content=CONTENTS)
 def test_random_cases(variant, implementation, content):
@@ -50,3 +51,30 @@ def test_random_cases(variant, implementation, content):
             gradient = got[f"grad_{name}"]
             allowed = 1e-6 * np.linalg.norm(gradient) + rounding
             assert abs(np.vdot(difference, do_dS) - np.vdot(gradient, direction)) <= allowed, name
+
+
+@pytest.mark.parametrize("variant", MANY_CHUNKS, ids=lambda variant: variant.name)
+def test_gradients_of_gradients(variant):
+    """As a loss has them that holds the gradient of another."""
+    case = variant._replace(name="twice", t=19, gates="mild", start="inside", valid="right")
+    masks = jax.tree.map(jnp.asarray, cases.masks(case))
+    with jax.enable_x64(True):
+        arrays, cotangents = cases.arrays(case)
+        arrays = cases.fill(case, arrays, 1.0)
+        draw = np.random.default_rng(0)
+        directions = {name: draw.standard_normal(a.shape) for name, a in arrays.items()}
+
+        def of(implementation):
+            def loss(arrays):
+                outputs = case.op(**arrays, **masks, **settings(case, implementation))
+                return sum((jnp.sin(a) * ct).sum() for a, ct in zip(outputs, cotangents, strict=True))
+
+            def slope(arrays):
+                gradients = jax.grad(loss)(arrays)
+                return sum((gradients[name] * direction).sum() for name, direction in directions.items())
+
+            return compiled(jax.grad(slope))(arrays)
+
+        want = of("reference")
+        for implementation in ("xla", None):
+            assert_close(of(implementation), want, {"": 1e-10})

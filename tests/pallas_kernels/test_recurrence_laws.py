@@ -12,7 +12,7 @@ from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.dplr_delta_rule import dplr_delta_rule
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 from tests.pallas_kernels import cases
-from tests.pallas_kernels.cases import PLAIN, VARIANTS
+from tests.pallas_kernels.cases import MANY_CHUNKS, PLAIN, VARIANTS
 from tests.pallas_kernels.compare import assert_close, compiled, error, settings, value_and_gradients
 
 both_implementations = pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -215,6 +215,7 @@ def test_transforms(variant, implementation):
     ("variant", "implementation", "t"),
     [
         *((variant, None, t) for variant in PLAIN.values() for t in (1, 37)),
+        *((variant, "xla", 37) for variant in MANY_CHUNKS),
         (PLAIN[delta_rule], "reference", 37),
     ],
     ids=lambda x: getattr(x, "name", x),
@@ -244,6 +245,61 @@ def test_under_shard_map(variant, implementation, t):
     )
     want, got = (compiled(f)(arrays, shared, start) for f in (gradients, sharded))
     assert_close(got[0] | {"shared": got[1]}, want[0] | {"shared": want[1]}, {"": 1e-5})
+
+
+@of_variants(*MANY_CHUNKS)
+def test_a_mask_may_be_shared(variant):
+    """vmap over the rows with one `start` for all of them, inside jax.checkpoint, equals the plain call."""
+    case = variant._replace(name="shared", t=19, gates="mild")
+    arrays = cases.arrays(case, np.float32)[0]
+    start = np.arange(case.t)[None] % 7 == 3
+    op = bound(case, "xla")
+
+    def loss(arrays, start):
+        o, state = op(**arrays, start=start)
+        return (o**2).sum() + (state**2).sum()
+
+    want = compiled(jax.grad(loss))(arrays, np.repeat(start, 2, 0))
+    rows = {name: a[:, None] for name, a in arrays.items()}
+    mapped = compiled(jax.vmap(jax.grad(loss), in_axes=(0, None)))(rows, start)
+    assert_close({name: a[:, 0] for name, a in mapped.items()}, want, {"": 1e-5})
+    again = compiled(jax.grad(jax.checkpoint(loss)))(arrays, np.repeat(start, 2, 0))
+    assert_close(again, want, {"": 1e-6})
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@one_of_each_op
+def test_a_state_may_be_donated(variant, implementation):
+    case = variant._replace(name="donated", t=19)
+    arrays = cases.arrays(case, np.float32)[0]
+    state = jnp.asarray(arrays.pop("initial_state"))
+
+    def op(state, arrays):
+        return case.op(**arrays, initial_state=state, **settings(case, implementation))
+
+    want = compiled(op)(state, arrays)
+    got = compiled(op, donate_argnums=0)(state, arrays)
+    assert state.is_deleted()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@one_of_each_op
+def test_a_start_forgets_a_state_that_is_not_finite(variant, implementation):
+    """The document before has overflowed; the next one begins at the first token, valid or not."""
+    with jax.enable_x64(True):
+        masked = variant._replace(name="overflow", start="dense", valid="random")
+        (arrays, cotangents), masks = cases.arrays(masked), cases.masks(masked)
+        masks["start"][:, 0] = True
+        program = value_and_gradients(variant.op, **settings(masked, implementation))
+        for value in (np.nan, np.inf):
+            state = np.full_like(arrays["initial_state"], value)
+            got, want = (
+                program(arrays | {"initial_state": s}, masks, cotangents) for s in (state, np.zeros_like(state))
+            )
+            np.testing.assert_array_equal(got["grad_initial_state"], 0)
+            assert_close(got, want, {"": 0.0})
 
 
 @one_of_each_op
@@ -284,6 +340,11 @@ def test_errors_name_the_argument(variant):
         ({"valid": jnp.zeros((2, 4), bool)}, r"valid has shape \[2, 4\], needs \[2, 5\]"),
         ({"chunk_size": 48}, "chunk_size is 48, needs a power of two"),
         ({"implementation": "fast"}, f"implementation is 'fast', needs None or one of {', '.join(IMPLEMENTATIONS)}"),
+    ]
+    wrong += [
+        ({name: x[name].astype(dtype)}, f"{variant.op.__name__}: {name} has dtype {dtype}, needs a real floating dtype")
+        for name in x
+        for dtype in ("int32", "complex64")
     ]
     if variant.op is not linear_attention:
         message = "inverse_precision is 'half', needs one of float32, bf16x3, bf16"

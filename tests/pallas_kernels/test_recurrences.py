@@ -95,8 +95,7 @@ def test_float32_stays_close_to_float64(case, implementation):
 @by_name(
     [
         v._replace(name=f"{v.name}-bfloat16", gates="mild", start="inside")
-        for v in VARIANTS
-        if v.name in FAMOUS[:2] + FAMOUS[3:]
+        for v in [v for v in VARIANTS if v.name in FAMOUS[:2] + FAMOUS[3:]] + cases.MANY_CHUNKS
     ]
 )
 def test_bfloat16(case, implementation):

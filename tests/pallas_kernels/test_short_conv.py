@@ -43,7 +43,7 @@ def program(activation, implementation):
 
 @pytest.mark.parametrize("implementation", FAST_FORMS)
 @pytest.mark.parametrize("masks", ["none", "valid", "start", "both"])
-@pytest.mark.parametrize(("t", "w"), [(1, 4), (2, 4), (11, 4), (11, 1), (5, 2)])
+@pytest.mark.parametrize(("t", "w"), [(1, 4), (2, 4), (3, 4), (4, 4), (11, 4), (11, 1), (5, 2)])
 def test_equals_reference(t, w, masks, implementation):
     """x is not a number at invalid tokens: nothing of it may be seen, in values or gradients."""
     with jax.enable_x64(True):
@@ -191,6 +191,50 @@ def test_bfloat16_is_summed_in_float32(implementation):
     np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_start_forgets_a_cache_that_is_not_finite(implementation):
+    with jax.enable_x64(True):
+        found, valid, start = arrays(11, 4, jnp.float64)
+        start = start.at[:, 0].set(True)
+        run = program("silu", implementation)
+        caches = (jnp.full_like(found["cache"], value) for value in (jnp.nan, 0))
+        got, want = (run(found | {"cache": cache}, valid, start) for cache in caches)
+        np.testing.assert_array_equal(got["grad_cache"], 0)
+        assert_close(got, want, {"": 0.0})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_cache_may_be_donated(implementation):
+    found, _, _ = arrays(11, 4)
+    cache = found.pop("cache")
+
+    def op(cache, found):
+        return short_conv(**found, cache=cache, implementation=implementation)
+
+    want = compiled(op)(cache, found)
+    got = compiled(op, donate_argnums=0)(cache, found)
+    assert cache.is_deleted()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_mask_may_be_shared(implementation):
+    """vmap over the rows with one `start` for all of them, inside jax.checkpoint, equals the plain call."""
+    found, _, start = arrays(11, 4)
+    weights = {name: found.pop(name) for name in ("weight", "bias")}
+
+    def loss(found, weights, start):
+        y, cache = short_conv(**found, **weights, start=start, activation="silu", implementation=implementation)
+        return (y**2).sum() + (cache**2).sum()
+
+    shared = start[:1]
+    want = compiled(jax.grad(loss))(found, weights, jnp.repeat(shared, B, 0))
+    rows = {name: a[:, None] for name, a in found.items()}
+    mapped = compiled(jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(0, None, None)))(rows, weights, shared)
+    assert_close({name: a[:, 0] for name, a in mapped.items()}, want, {"": 1e-6})
+
+
 def test_taps_of_ids():
     """Integers, no trailing axis, and a fill that is no id."""
     ids, cache = jnp.array([[1, 2, 3, 4, 5]]), jnp.array([[-1, 9]])
@@ -242,6 +286,11 @@ def test_errors_name_the_argument():
         ({"bias": found["weight"]}, r"bias has shape \[4, 5\], needs \[5\]"),
         ({"valid": valid[:, :4]}, r"valid has shape \[3, 4\], needs \[3, 5\]"),
         ({"start": start.astype(jnp.int32)}, "start has dtype int32, needs bool"),
+        *(
+            ({name: found[name].astype(dtype)}, f"{name} has dtype {dtype}, needs a real floating dtype")
+            for name in found
+            for dtype in ("int32", "complex64")
+        ),
         ({"activation": "relu"}, "activation is 'relu', needs None or 'silu'"),
         ({"implementation": "fast"}, "implementation is 'fast', needs None or one of reference, xla"),
     ]:
