@@ -35,10 +35,10 @@ FORMS = {  # the name under which an op asks, and the case that stands for it
 }
 SHAPES = [
     Shape(1, t, heads, d)
-    for t in (32, 256, 2048)
+    for t in (32, 128, 512, 2048)
     for heads, d in ((2, 16), (4, 32), (4, 64), (16, 64), (8, 128), (32, 128))
 ]
-REPEATS = 15
+REPEATS = 11
 
 
 def measure(case: Case, shape: Shape) -> dict[str, Any]:

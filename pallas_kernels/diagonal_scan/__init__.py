@@ -64,7 +64,9 @@ def diagonal_scan(
     for part in state:
         dispatch.check_shape(op, "initial_state", part, (b, *rest))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
-    dispatch.check_float(op, x=parts[0], log_decay=log_decay, phase=phase, initial_state=state[0])
+    dispatch.check_float(op, log_decay=log_decay, phase=phase)
+    for part, begin in zip(parts, state, strict=True):
+        dispatch.check_float(op, x=part, initial_state=begin)
 
     dtype = dispatch.accumulator(*parts, log_decay, phase, *state)
     state = tuple(dispatch.initial(part, (b, *rest), dtype, start) for part in state)
