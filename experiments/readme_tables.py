@@ -118,8 +118,6 @@ def ops(record: dict[str, Any] | None) -> str:
             f"`{case}`", " / ".join(f"{1e3 * row['median']:.1f}" for row in ours.values()), times("reference"),
             f"{peer}: {times(peer)}" if peer else "–", f"{share:.2f}",
         ))  # fmt: skip
-    growth = max(row["ratio"] for row in record["scaling"] if row["ratio"])
-    lengths = sorted({row["t"] for row in record["scaling"]})
     where = record["environment"]
     peers = (
         ", ".join(f"{name} {record['peers'][name]}" for name in ("torch", "fla-core")) if "peers" in record else "none"
@@ -127,8 +125,8 @@ def ops(record: dict[str, Any] | None) -> str:
     source = (
         f"b={shape['b']}, t={shape['t']}, h={shape['h']}, d={shape['d']}, {shape['dtype']}; medians of "
         f"{record['config']['repeats']} runs taken in turns; each pair is forward / forward and backward. Peak memory "
-        f"is that of forward and backward as compiled, relative to inputs, outputs and one state a chunk. From "
-        f"t={tokens(lengths[0])} to {tokens(lengths[-1])}, a doubling multiplies time by at most {growth:.2f}. Record "
+        f"is that of forward and backward as compiled, relative to inputs, outputs and one state a chunk. "
+        f"{growth(record.get('scaling', []))}Record "
         f"[`{record['name']}`](experiments/records/{record['name']}), {where['cpu'] or where['device']}, "
         f"{where['cores']} cores, load {record['load_before']} before, jax {where['versions']['jax']}; peers: {peers}. "
         f"Made by `{BENCH}`."
@@ -137,15 +135,31 @@ def ops(record: dict[str, Any] | None) -> str:
     return table(header, rows) + "\n\n" + source
 
 
+def growth(scaling: list[dict[str, Any]]) -> str:
+    """By how much the time of an op grows as t doubles, or nothing if that was not measured."""
+    if not scaling:
+        return ""
+    lengths = sorted({row["t"] for row in scaling})
+    medians: dict[tuple[str, str], dict[int, float]] = {}
+    for row in scaling:
+        medians.setdefault((row["case"], row["mode"]), {})[row["t"]] = row["median"]
+    means = [(by[lengths[-1]] / by[lengths[0]]) ** (1 / (len(lengths) - 1)) for by in medians.values()]
+    return (
+        f"From t={tokens(lengths[0])} to {tokens(lengths[-1])} a doubling of t multiplies the time of an op by "
+        f"{min(means):.2f} to {max(means):.2f} on average, a single one by at most "
+        f"{max(row['ratio'] for row in scaling if row['ratio']):.2f}. "
+    )
+
+
 def newest(experiment: str, folder: Path = RECORDS) -> dict[str, Any] | None:
     """The newest record of an experiment, with its file's "name"; None if there is none.
 
-    Records of the ops without a part or the shape that is shown, of a run with --parts or --shapes, are passed over.
+    Records of the ops without the times that are shown, of a run with --parts or --shapes, are passed over.
     """
     records = [{**json.loads(path.read_text()), "name": path.name} for path in folder.glob(f"{experiment}-*.json")]
     if experiment == "bench_ops":
         lengths = [{row["shape"]["t"] for row in record.get("times", [])} for record in records]
-        records = [r for r, ts in zip(records, lengths, strict=True) if r.get("scaling") and 4096 in ts]
+        records = [r for r, ts in zip(records, lengths, strict=True) if 4096 in ts]
     return max(records, key=lambda record: (record["date"], record["name"]), default=None)
 
 

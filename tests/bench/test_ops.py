@@ -55,6 +55,7 @@ def test_a_wrong_op_is_seen(run, monkeypatch, of, group):
     assert "default" not in err
 
 
+@pytest.mark.slow
 def test_an_unstable_inverse_is_seen(monkeypatch):
     """The product of powers, exact on paper, in place of the inverse of blocks of 16: alike inputs show it."""
 
@@ -137,6 +138,7 @@ def test_a_plain_scan_that_would_keep_too_much_is_left_out(monkeypatch):
     assert {row["mode"] for row in rows if row["who"] == "reference"} == {"forward", "decode"}
 
 
+@pytest.mark.slow
 def test_quick_shows_tables_and_writes_nothing(run, tmp_path):
     code, out, _ = run("--quick", "--ops", CASE)
     assert code == 0

@@ -1,4 +1,7 @@
-"""Gradients in float64: random cases against the recurrence and finite differences, and gradients of gradients."""
+"""Gradients in float64: random cases against the recurrence and finite differences, and gradients of gradients.
+
+Minutes of compiling: in the slow lane. test_recurrences.py has the named cases.
+"""
 
 import hypothesis
 import jax
@@ -23,6 +26,8 @@ CONTENTS = st.fixed_dictionaries(
         "state": st.sampled_from([1e-3, 1.0, 1e3]),
     }
 )
+pytestmark = pytest.mark.slow
+
 H = 1e-5  # the step of the differences: their error is h^2 from the function and 1e-16 / h from rounding
 
 
