@@ -20,6 +20,7 @@ QUESTION = "Which number belongs to the red house?"
 def run(capsys, tmp_path, monkeypatch):
     """memjax ARGUMENTS in an empty folder: code, standard output, standard error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")  # without a terminal some runners say 80, where the tables are cut
 
     def run(*arguments):
         capsys.readouterr()
