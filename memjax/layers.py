@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from memjax.memory import Slot, specs
+from pallas_kernels.scan import beside as beside
 from pallas_kernels.scan import scan_tokens as scan_tokens
 from pallas_kernels.short_conv import short_conv as short_conv
 from pallas_kernels.short_conv import taps as taps
@@ -74,11 +75,6 @@ def l2_norm(x: Float[Array, "*b d"], eps: float = 1e-6) -> Float[Array, "*b d"]:
 
 
 # ---------------------------------------------------------------------------------------------- valid and start
-
-
-def expand(m: Array, like: Array) -> Array:
-    """A mask [b, t] with trailing axes of 1, to stand beside `like`."""
-    return m.reshape(m.shape + (1,) * (like.ndim - m.ndim))
 
 
 def segments(start: Bool[Array, "b t"] | None, b: int, t: int) -> Int[Array, "b t"]:
@@ -155,7 +151,7 @@ def ring_append(
 
     def store(old, new):
         if began is not None:  # canonical: what can't be reached is zero
-            old = jnp.where(expand(began, old), jnp.zeros((), old.dtype), old)
+            old = jnp.where(beside(began, old), jnp.zeros((), old.dtype), old)
         return old.at[batch_index, slot].set(new, mode="drop")
 
     new = Ring(store(ring.k, k), store(ring.v, v), count)

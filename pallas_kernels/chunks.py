@@ -1,8 +1,8 @@
-"""What the chunked forms of the recurrences share: chunks, decays between two tokens, documents inside a chunk.
+"""What the chunked forms of the recurrences share: chunks, spans of chunks, decays between two tokens of a chunk.
 
-A decay between two tokens is a product of exponentials of sums of the log decays between them. It is never the
-difference of two cumulative sums: after many steps of -20 such a difference has lost the digits of a step of -0.01,
-here they are all kept. No exponent is positive if no log decay is.
+A decay between two tokens is the product of the factors e^{log_decay} between them. It is never the exponential of a
+difference of two cumulative sums: after many steps of -20 such a difference has lost the digits of a step of -0.01, a
+product keeps them all. No factor is above 1 if no log decay is positive, and none is divided by.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.compat import match_varying
-from pallas_kernels.scan import beside
+from pallas_kernels.scan import only
 from pallas_kernels.triangular import halves, join_blocks
 
 SPAN = 8
@@ -133,7 +133,7 @@ def factors(log_decay: Array | None, start: Array | None, c: int, dtype: Any) ->
         return None if start is None else split(1 - start[:, :, None, None].astype(dtype), c)
     a = jnp.exp(log_decay.astype(dtype))
     a = a[..., None] if a.ndim == 3 else a
-    return split(a if start is None else jnp.where(beside(start, a), jnp.zeros_like(a), a), c)
+    return split(a if start is None else only(~start, a), c)
 
 
 class Decays(NamedTuple):

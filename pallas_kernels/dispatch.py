@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.compat import match_varying
-from pallas_kernels.scan import beside
+from pallas_kernels.scan import only
 
 Form = Callable[..., Any]
 
@@ -77,17 +77,16 @@ def _by_platform(
     cpu: Form, kernels: tuple[tuple[str, Form], ...], xla: Form, static: tuple[tuple[str, Any], ...]
 ) -> Form:
     """A function of the arguments: `cpu` on CPUs without a gradient, kernels on their platforms, `xla` elsewhere."""
-    cpu, xla = (functools.partial(form, **dict(static)) for form in (cpu, xla))
-    native = {platform: _or_else(functools.partial(form, **dict(static)), xla) for platform, form in kernels}
+    settings = dict(static)
+    other = functools.partial(xla, **settings)
+    native = {platform: _or_else(functools.partial(form, **settings), other) for platform, form in kernels}
+    forward = native if cpu is xla else native | {"cpu": functools.partial(cpu, **settings)}
 
-    def gradient(*args: Any) -> Any:
-        return lax.platform_dependent(*args, **native, default=xla) if native else xla(*args)
+    def choose(forms: Mapping[str, Form], *args: Any) -> Any:
+        return lax.platform_dependent(*args, **forms, default=other) if forms else other(*args)
 
-    @jax.custom_vjp
-    def run(*args: Any) -> Any:
-        return lax.platform_dependent(*args, cpu=cpu, **native, default=xla)
-
-    run.defvjp(lambda *args: jax.vjp(gradient, *args), lambda vjp, cotangents: vjp(cotangents))
+    run = jax.custom_vjp(functools.partial(choose, forward))
+    run.defvjp(functools.partial(jax.vjp, functools.partial(choose, native)), lambda vjp, cotangents: vjp(cotangents))
     return run
 
 
@@ -125,7 +124,7 @@ def keep(valid: Array | None, *arrays: Array | None) -> tuple[Any, ...]:
     """The arrays [b t ...] with zeros where valid [b t] is False, whatever stands there; None stays None."""
     if valid is None:
         return arrays
-    return tuple(a if a is None else jnp.where(beside(valid, a), a, jnp.zeros_like(a)) for a in arrays)
+    return tuple(a if a is None else only(valid, a) for a in arrays)
 
 
 def check_shape(op: str, name: str, array: Array | None, *allowed: tuple[int, ...]) -> None:
@@ -176,7 +175,7 @@ def initial(state: Array | None, shape: tuple[int, ...], dtype: DTypeLike, start
     if state is None:
         return jnp.zeros(shape, dtype)
     state = state.astype(dtype)
-    return state if start is None else jnp.where(beside(start[:, 0], state), jnp.zeros_like(state), state)
+    return state if start is None else only(~start[:, 0], state)
 
 
 def accumulator(*arrays: Array | None) -> DTypeLike:

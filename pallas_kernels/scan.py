@@ -16,6 +16,11 @@ def beside(mask: Array, like: Array) -> Array:
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
+def only(mask: Array | None, x: Array, fill: float | int = 0) -> Array:
+    """x [b ...] where the mask [b], [b t] is True and `fill` elsewhere, whatever stands there; all of x without one."""
+    return x if mask is None else jnp.where(beside(mask, x), x, jnp.full((), fill, x.dtype))
+
+
 def scan_tokens(
     step: Callable[[Any, Any], tuple[Any, Any]],
     state: PyTree[Array],
@@ -43,8 +48,7 @@ def scan_tokens(
         empty = jax.tree.map(jnp.zeros_like, state)
     else:
         empty = jax.tree.map(lambda e, s: jnp.broadcast_to(e, s.shape).astype(s.dtype), empty, state)
-    if valid is not None:
-        inputs = jax.tree.map(lambda a: jnp.where(beside(valid, a), a, jnp.zeros_like(a)), inputs)
+    inputs = jax.tree.map(lambda a: only(valid, a), inputs)
 
     def select(mask: Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(beside(mask, n), n, o), new, old)

@@ -14,7 +14,7 @@ import pytest
 from memjax.catalog import CATALOG
 from memjax.combinators import Gate, Repeat, Residual, Stack, pattern
 from memjax.errors import ConfigError
-from memjax.layers import expand, linear
+from memjax.layers import beside, linear
 from memjax.lm.model import LanguageModel, block
 from memjax.memory import (
     How,
@@ -58,7 +58,7 @@ class Sum(Memory):
 
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         now = linear(x, params["w"])
-        sums = state.S[:, None] + jnp.cumsum(now if valid is None else jnp.where(expand(valid, now), now, 0.0), 1)
+        sums = state.S[:, None] + jnp.cumsum(now if valid is None else jnp.where(beside(valid, now), now, 0.0), 1)
         S = sums[:, -1].astype(jnp.bfloat16 if self.bug == "state" else state.S.dtype)
         return sums.astype(jnp.bfloat16 if self.bug == "y" else x.dtype), state._replace(S=S)
 

@@ -117,6 +117,7 @@ def load(peer: Peer) -> Callable[..., Any]:
 
 
 def main() -> None:
+    """Answer line by line until standard input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
 

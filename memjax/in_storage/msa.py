@@ -316,7 +316,7 @@ class MSA(DocumentAttention):
         )
 
         # question 0 keeps the choice of an earlier call, if it made one
-        first = lambda old, new: new.at[:, 0].set(jnp.where(layers.expand(carried, old), old, new[:, 0]))  # noqa: E731
+        first = lambda old, new: new.at[:, 0].set(jnp.where(layers.beside(carried, old), old, new[:, 0]))  # noqa: E731
         k, v, chosen, documents = (
             first(*pair)
             for pair in zip(
@@ -330,7 +330,7 @@ class MSA(DocumentAttention):
         # canonical: the last question's choice; nothing while only template tokens were read
         began = ring.count > self.template
         last = jax.vmap(lambda a, i: a[i])
-        keep = lambda a, empty: jnp.where(layers.expand(began, a), a, jnp.asarray(empty, a.dtype))  # noqa: E731
+        keep = lambda a, empty: jnp.where(layers.beside(began, a), a, jnp.asarray(empty, a.dtype))  # noqa: E731
         k, v, chosen = (keep(last(a, segment[:, -1]), 0) for a in (k, v, chosen))
         k, v = (jnp.where(chosen[..., None, None], a, jnp.zeros((), a.dtype)) for a in (k, v))
         documents = keep(last(documents, segment[:, -1]), -1)
@@ -340,7 +340,7 @@ class MSA(DocumentAttention):
     def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         valid, start = (None if a is None else a[:, None] for a in (valid, start))
         if start is not None:
-            clear = lambda a, empty: jnp.where(layers.expand(start[:, 0], a), jnp.asarray(empty, a.dtype), a)  # noqa: E731
+            clear = lambda a, empty: jnp.where(layers.beside(start[:, 0], a), jnp.asarray(empty, a.dtype), a)  # noqa: E731
             k, v, chosen = (clear(a, 0) for a in (state.k, state.v, state.chosen))
             state = state._replace(k=k, v=v, chosen=chosen, documents=clear(state.documents, -1))
         bank = (a[:, None] for a in (state.k, state.v, state.chosen))

@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from pallas_kernels.compat import match_varying
 from pallas_kernels.diagonal_scan.reference import Values
-from pallas_kernels.scan import beside
+from pallas_kernels.scan import only
 
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
@@ -39,7 +39,7 @@ def diagonal_scan(
     the inputs more than it saves; about sqrt(t) on other platforms.
     """
     if start is not None:
-        log_decay = jnp.where(beside(start, log_decay), jnp.full((), -jnp.inf, log_decay.dtype), log_decay)
+        log_decay = only(~start, log_decay, -jnp.inf)
     dtype = jax.tree.leaves(state)[0].dtype
     gates, x = jax.tree.map(lambda a: a.astype(dtype), ((log_decay, phase), x))
     gates, x, state = match_varying((gates, x, state))

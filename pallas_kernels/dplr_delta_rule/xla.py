@@ -20,7 +20,7 @@ from jax import Array
 from pallas_kernels import chunks
 from pallas_kernels.chunk_states import Chunks, Correction, Write, chunk_states
 from pallas_kernels.chunks import channel_scores, scale
-from pallas_kernels.scan import beside
+from pallas_kernels.scan import only
 from pallas_kernels.triangular import Precision
 
 
@@ -43,7 +43,7 @@ def dplr_delta_rule(
     dot = functools.partial(jnp.matmul, precision=precision)
     full = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # what the inverse and the state touch
     if start is not None:  # a reads the state that start has cleared
-        a = jnp.where(beside(start, a), jnp.zeros_like(a), a)
+        a = only(~start, a)
 
     def span(state, now, start):
         *dense, g = now

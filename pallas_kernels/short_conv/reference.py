@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import dispatch
-from pallas_kernels.scan import beside, scan_tokens
+from pallas_kernels.scan import only, scan_tokens
 
 
 @functools.partial(jax.jit, static_argnames="activation")
@@ -32,4 +32,4 @@ def short_conv(
     if bias is not None:
         y = y + bias.astype(dtype)[None, None]
     y = (jax.nn.silu(y) if activation == "silu" else y).astype(x.dtype)
-    return (y if valid is None else jnp.where(beside(valid, y), y, jnp.zeros_like(y))), cache
+    return only(valid, y), cache

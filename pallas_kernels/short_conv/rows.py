@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Shaped
 
 from pallas_kernels import dispatch
-from pallas_kernels.scan import beside
+from pallas_kernels.scan import beside, only
 
 
 def taps(
@@ -71,6 +71,7 @@ class Places(NamedTuple):
 
 
 def find_places(valid: Array | None, start: Array | None, t: int, n: int) -> Places:
+    """valid, start [b t] or None; n rows before each of the t tokens."""
     packed = None
     if valid is not None:
         count = jnp.cumsum(valid, 1, dtype=jnp.int32)
@@ -123,8 +124,5 @@ def spread_last(dlast: Array, places: Places, size: int) -> Array:
 
 
 def take(x: Array, index: Array) -> Array:
+    """x [b t ...] at the times index [b s] of each row: [b s ...]. Times out of range read the nearest."""
     return jnp.take_along_axis(x, beside(index, x), axis=1, mode="clip")
-
-
-def only(mask: Array | None, x: Array, fill: float | int = 0) -> Array:
-    return x if mask is None else jnp.where(beside(mask, x), x, jnp.full((), fill, x.dtype))

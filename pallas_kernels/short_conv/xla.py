@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch
 from pallas_kernels.compat import match_varying
-from pallas_kernels.short_conv.rows import find_places, last_of, only, spread_last, take, windows_of
+from pallas_kernels.scan import only
+from pallas_kernels.short_conv.rows import find_places, last_of, spread_last, take, windows_of
 
 CPU_BLOCK = 2**15
 """Entries of x in a block of the backward on CPUs. From 2**13 to 2**16 it makes little difference."""
