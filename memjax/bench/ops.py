@@ -80,8 +80,9 @@ def times(plan: Plan) -> Iterator[list[Row]]:
 def scaling(plan: Plan) -> Iterator[list[Row]]:
     """A list for each case: the op as it comes, "forward" and "both", at every length."""
     for case in plan.cases:
-        calls = {}
+        calls, shapes = {}, {}
         for shape in plan.scaled:
+            shapes[shape.t] = shape = shape._replace(h=shape.h * case.widen)
             inputs = _without_state(case.draw(_rng(case, shape), shape), shape)
             cotangents = _cotangents(case, inputs, shape)
             for mode in ("both",) if plan.hasty else ("forward", "both"):
@@ -91,7 +92,9 @@ def scaling(plan: Plan) -> Iterator[list[Row]]:
         for (mode, t), seconds in found.items():
             half = found.get((mode, t // 2))
             ratio = seconds["median"] / half["median"] if half else None
-            rows.append({"case": case.name, "mode": mode, "t": t, "ratio": ratio, **seconds})
+            rows.append({
+                "case": case.name, "shape": shapes[t]._asdict(), "mode": mode, "t": t, "ratio": ratio, **seconds,
+            })  # fmt: skip
         yield rows
 
 

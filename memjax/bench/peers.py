@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from memjax.bench.timing import KEEP_MEMORY
 from memjax.errors import MemjaxError
 
 SCRIPT = Path(__file__).with_name("fla_peer.py")
@@ -89,7 +90,7 @@ class Fla:
                         stderr=self._log,
                         text=True,
                         cwd=folder,
-                        env=os.environ | THREADS,
+                        env=os.environ | THREADS | KEEP_MEMORY,
                     )
                 )
             except OSError as error:

@@ -6,10 +6,15 @@ long. On accelerators a call is shorter than the host needs to start it: there a
 program, whose inputs pass an optimization barrier together with the results of the call before, so that no call can be
 left out, hoisted or overlapped. A decode step is short everywhere: a sample is a chain of calls, each of which takes
 over the state of the one before, and the cost of calling is in it.
+
+The C library gives large arrays back to the system as soon as they are freed, and the next call then pays for every
+page anew: up to most of the time of an op that only passes through its arrays, and differently at every size. A
+benchmark on CPUs begins with keep_memory(), and the peers' process with KEEP_MEMORY.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from collections import deque
@@ -30,8 +35,19 @@ WARM_UP = 2
 SAMPLE_SECONDS = 0.02  # of a loop or a chain
 PAUSE_SECONDS = 0.002  # before a sample, so that the threads of the contestant before have gone to sleep
 
+# The environment variables, and the numbers by which mallopt of glibc knows them.
+_MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_ARENA_MAX": (-8, 1)}
+KEEP_MEMORY = {name: str(value % 2**64) for name, (_, value) in _MALLOC.items()}
+"""The environment of a process whose C library keeps freed memory, as keep_memory() has it."""
+
 Call = Callable[[], float]
 """Runs once and returns the seconds that one call of the op took."""
+
+
+def keep_memory() -> bool:
+    """Has this process keep the memory of freed arrays for later ones; False where the C library can't be told."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(number, value) for number, value in _MALLOC.values())
 
 
 def program(mode: str, op: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,12 +57,14 @@ class Bench(Command):
 
     def run(self) -> int:
         from memjax.bench import ops, peers
+        from memjax.bench.timing import keep_memory
         from memjax.train.progress import Progress
 
         self._check()
+        kept = not self.quick and keep_memory()  # before jax starts its threads
         out = self.start()
         plan = self._plan()
-        body: dict[str, Any] = {"config": self._config(plan), "load_before": _load()}
+        body: dict[str, Any] = {"config": self._config(plan), "load_before": _load(), "keeps_memory": kept}
         record = None if self.quick else self._begin(body["config"])
         python = self._peers_python(plan)
         if record and (body["load_before"] or 0) > 0.5:
