@@ -126,6 +126,7 @@ def ops(record: dict[str, Any] | None) -> str:
         f"b={shape['b']}, t={shape['t']}, h={shape['h']}, d={shape['d']}, {shape['dtype']}; medians of "
         f"{record['config']['repeats']} runs taken in turns; each pair is forward / forward and backward. Peak memory "
         f"is that of forward and backward as compiled, relative to inputs, outputs and one state a chunk. "
+        f"{'Freed memory is kept for the next call, as a training loop has it. ' if record.get('keeps_memory') else ''}"
         f"{growth(record.get('scaling', []))}Record "
         f"[`{record['name']}`](experiments/records/{record['name']}), {where['cpu'] or where['device']}, "
         f"{where['cores']} cores, load {record['load_before']} before, jax {where['versions']['jax']}; peers: {peers}. "
@@ -143,11 +144,13 @@ def growth(scaling: list[dict[str, Any]]) -> str:
     medians: dict[tuple[str, str], dict[int, float]] = {}
     for row in scaling:
         medians.setdefault((row["case"], row["mode"]), {})[row["t"]] = row["median"]
+    wide = len({row["shape"]["h"] for row in scaling if "shape" in row}) > 1
     means = [(by[lengths[-1]] / by[lengths[0]]) ** (1 / (len(lengths) - 1)) for by in medians.values()]
     return (
         f"From t={tokens(lengths[0])} to {tokens(lengths[-1])} a doubling of t multiplies the time of an op by "
         f"{min(means):.2f} to {max(means):.2f} on average, a single one by at most "
-        f"{max(row['ratio'] for row in scaling if row['ratio']):.2f}. "
+        f"{max(row['ratio'] for row in scaling if row['ratio']):.2f}"
+        f"{' (diagonal_scan and short_conv with four times the channels, too many for the cache)' if wide else ''}. "
     )
 
 

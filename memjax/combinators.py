@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from memjax.layers import linear, rms_norm
-from memjax.memory import How, Memory, Param, at_least, constant, dense
+from memjax.memory import Flow, How, Memory, Param, at_least, constant, dense, on_x
 
 
 @runtime_checkable
@@ -58,7 +58,10 @@ class Combinator(Memory):
     """A memory around memories: the fields that are memories (or tuples of them) are its parts."""
 
     def thread(self, call: Call, params, state, x) -> tuple[Any, Any, Any]:
-        """Run x through the parts by `call(memory, params, state, x) -> (y, state, aux)`."""
+        """Run x through the parts by `call(memory, params, state, x) -> (y, state, aux)`.
+
+        x and y are arrays, or each a `Flow` where a part has `streams`: `on_x` treats both alike.
+        """
         raise NotImplementedError
 
     def apply_with_aux(
@@ -84,6 +87,10 @@ class Combinator(Memory):
     @property
     def reads_ids(self) -> int | None:
         return next((p.reads_ids for p in self.parts if p.reads_ids), None)
+
+    @property
+    def streams(self) -> bool:
+        return any(p.streams for p in self.parts)
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -112,8 +119,9 @@ class Residual(Combinator):
         return {"memory": self.memory.state_specs(batch)}
 
     def thread(self, call, params, state, x):
-        y, s, aux = call(self.memory, params["memory"], state["memory"], rms_norm(x, params["norm"], self.eps))
-        return x + y, {"memory": s}, {"memory": aux}
+        normed = on_x(lambda a: rms_norm(a, params["norm"], self.eps), x)
+        y, s, aux = call(self.memory, params["memory"], state["memory"], normed)
+        return on_x(jnp.add, y, x), {"memory": s}, {"memory": aux}
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,12 @@ class Repeat(Combinator):
             return x, states, auxes
 
         def body(x, now):
-            x, s, aux = call(self.block, now[0], now[1], x)
-            return x, (s, aux)
+            y, s, aux = call(self.block, now[0], now[1], x)
+            if isinstance(x, Flow) and (new := y.shared.keys() - x.shared.keys()):
+                raise ValueError(
+                    f"Repeat: its block hands on {min(new)!r}: put the layer that does so below the Repeat"
+                )
+            return y, (s, aux)
 
         body = jax.checkpoint(body, prevent_cse=False) if call.remat else body
         x, out = lax.scan(body, x, (params, jax.tree.map(lambda *a: jnp.stack(a), *state)), length=self.n)
@@ -210,8 +222,11 @@ class Gate(Combinator):
     def thread(self, call, params, state, x):
         ya, sa, aux_a = call(self.a, params["a"], state["a"], x)
         yb, sb, aux_b = call(self.b, params["b"], state["b"], x)
-        g = jax.nn.sigmoid(linear(x, params["gate"]))
-        return g * ya + (1 - g) * yb, {"a": sa, "b": sb}, {"a": aux_a, "b": aux_b}
+        g = jax.nn.sigmoid(linear(x.x if isinstance(x, Flow) else x, params["gate"]))
+        y = on_x(lambda a, b: g * a + (1 - g) * b, ya, yb)
+        if isinstance(y, Flow):
+            y = y.hand(y.x, **yb.shared)
+        return y, {"a": sa, "b": sb}, {"a": aux_a, "b": aux_b}
 
 
 def total(aux: Any) -> dict[str, Array]:

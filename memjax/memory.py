@@ -68,6 +68,34 @@ class NoState(NamedTuple):
     """The state of a memory that keeps nothing between tokens."""
 
 
+class Flow(NamedTuple):
+    """x on its way up a stack, with the streams that layers hand to those above them within one call.
+
+    shared: name -> arrays. What belongs to tokens has a time axis, [b t ...], in `step` too, where t is 1. Only
+    memories with `streams` meet a Flow; to all others, and to a caller, x and y are arrays.
+    """
+
+    x: Array
+    shared: dict[str, Any]
+
+    def take(self, name: str, reader: Memory) -> Any:
+        """The stream of this name; ValueError where no layer below `reader` has handed it on."""
+        if name not in self.shared:
+            found = ", ".join(sorted(self.shared)) or "none"
+            raise ValueError(f"{type(reader).__name__}: needs the stream {name!r} of a layer below it, here is {found}")
+        return self.shared[name]
+
+    def hand(self, x: Array, **streams: Any) -> Flow:
+        """x for the next layer, and more streams."""
+        return Flow(x, {**self.shared, **streams})
+
+
+def on_x(f: Callable[..., Array], *flows: Any) -> Any:
+    """f of the arrays; where they travel in a Flow, the first one's streams go on."""
+    first, arrays = flows[0], [a.x if isinstance(a, Flow) else a for a in flows]
+    return first._replace(x=f(*arrays)) if isinstance(first, Flow) else f(*arrays)
+
+
 def specs(state: Callable[..., Any], **slots: Any) -> Any:
     """The declaration of a state: its NamedTuple, with a `Slot` (or the declaration of a part) where arrays will be."""
     return state(**slots)
@@ -130,6 +158,7 @@ class Memory:
     dim: ClassVar[int]  # width of the model: x and y are [b, t, dim]; a field of every leaf, derived in combinators
     reads_ids: ClassVar[int | None] = None  # size of the vocabulary, where token ids are read
     takes_ids: ClassVar[bool] = False  # True: x itself is token ids [b, t] (a language model)
+    streams: ClassVar[bool] = False  # True: apply gets and gives a `Flow`, to read or hand on what travels beside x
     implementations: ClassVar[tuple[str, ...]] = ()  # what `how.implementation` may name, where an op is called
 
     def __init_subclass__(cls, **kwargs):
@@ -151,6 +180,10 @@ class Memory:
         """NamedTuple (leaves), dict or tuple (combinators) of `Slot`."""
         return NoState()
 
+    def tensors(self) -> dict[str, Any]:
+        """Parameter -> `memjax.tensors.Tensor`: where a published checkpoint holds it. Empty: none is known."""
+        return {}
+
     def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """A sequence of any length t >= 1: x [b, t, dim] -> y [b, t, dim] and the new state."""
         return self.apply_with_aux(params, state, x, ids=ids, valid=valid, start=start, how=how)[:2]
@@ -166,12 +199,14 @@ class Memory:
     def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """One token of decoding: x [b, dim] -> y [b, dim] and the new state."""
         ids, valid, start = (None if a is None else a[:, None] for a in (ids, valid, start))
-        y, state = self.apply(params, state, x[:, None], ids=ids, valid=valid, start=start, how=how)
-        return y[:, 0], state
+        x = on_x(lambda a: a[:, None], x)
+        y, state = self.apply(params, state, x, ids=ids, valid=valid, start=start, how=how)
+        return on_x(lambda a: a[:, 0], y), state
 
     def write(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()) -> tuple[Any, Any]:
         """Documents into the store; each row of the call begins one. Without a store: read from empty, forgotten."""
-        y, _ = self.apply(params, self.init_state(x.shape[0]), x, ids=ids, valid=valid, start=start, how=how)
+        empty = self.init_state(len(x.x if isinstance(x, Flow) else x))
+        y, _ = self.apply(params, empty, x, ids=ids, valid=valid, start=start, how=how)
         return y, state
 
     def init(self, key: Array) -> dict:
@@ -245,7 +280,8 @@ def _checked(verb):
     @functools.wraps(verb)
     def wrapped(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         name = f"{type(self).__name__}.{verb.__name__}"
-        x = jnp.asarray(x)
+        outer, shared = x, x.shared if isinstance(x, Flow) else {}
+        x = jnp.asarray(x.x if isinstance(x, Flow) else x)
         ids, valid, start = (None if a is None else jnp.asarray(a) for a in (ids, valid, start))
         axes = ("b",) if verb.__name__ == "step" else ("b", "t")
         _check_x(self, name, x, axes)
@@ -260,13 +296,17 @@ def _checked(verb):
         if valid is not None:  # whatever stands at an invalid token, NaN included, must not travel
             x = jnp.where(valid.reshape(rows + (1,) * (x.ndim - len(rows))), x, jnp.zeros((), x.dtype))
             ids = None if ids is None else jnp.where(valid, ids, jnp.zeros((), ids.dtype))
-        y, new, *aux = verb(self, params, state, x, ids=ids, valid=valid, start=start, how=how)
+        y, new, *aux = verb(
+            self, params, state, Flow(x, shared) if self.streams else x, ids=ids, valid=valid, start=start, how=how
+        )
+        if self.streams:
+            y, shared = y
         if not self.takes_ids and (y.shape, y.dtype) != (x.shape, x.dtype):
             raise TypeError(f"{name}: x is {_show(x)}, y is {_show(y)}; they must be alike")
         before, after = (jax.tree.map(_show, s) for s in (state, new))
         if before != after:
             raise TypeError(f"{name}: the state changed from {before} to {after}")
-        return y, new, *aux
+        return Flow(y, shared) if isinstance(outer, Flow) else y, new, *aux
 
     return wrapped
 

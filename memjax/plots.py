@@ -10,6 +10,7 @@ from pathlib import Path
 from memjax.errors import DataError
 
 INK, LINE, GRID = "#333333", "#2a6f97", "#e6e6e6"
+MANY = ("#2a6f97", "#5a8f3c", "#8e5aa8", "#c99a2e", "#3aa6a0", "#7a5c3e", "#d46aa0", "#4b4b8f")
 ANSWERS, RECALL = "#c8553d", ("#2a6f97", "#61a5c2", "#89c2d9", "#013a63")
 
 
@@ -102,6 +103,69 @@ def plot_needle_bank(record_path: str | os.PathLike[str], png_path: str | os.Pat
     panel.tick_params(colors=INK, labelsize=8, length=0)
     panel.spines[:].set_visible(False)
     _write(FigureCanvasAgg(figure), Path(png_path))
+
+
+def plot_recall(record_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
+    """Draw a record of `experiments.recall` to a PNG: right answers against the bytes of the state.
+
+    A point is the mean over slices and seeds, a bar reaches from the worst seed to the best; sizes of one memory are
+    joined by a line.
+
+    Raises:
+      DataError: the file is missing, or is no record of that experiment; the message names the field.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+    series = _read_recall(Path(record_path))
+    figure = Figure(figsize=(7.6, 4.6), dpi=150, layout="constrained")
+    panel = figure.subplots()
+    panel.set_xscale("log", base=2)
+    lines = sorted(series, key=lambda name: -series[name][-1][1])
+    for i, name in enumerate(lines):
+        points, several = series[name], len(series[name]) > 1
+        color = ANSWERS if name.startswith("attention") else MANY[i % len(MANY)] if several else "#999999"
+        size, mean, low, high = zip(*points, strict=True)
+        spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
+        panel.errorbar(
+            size, mean, yerr=spread, color=color, linewidth=1.5 if several else 0, elinewidth=0.8, marker="o",
+            markersize=4 if several else 3, label=name, zorder=3 if several else 2,
+        )  # fmt: skip
+        if not several:
+            panel.annotate(
+                name, (size[0], mean[0]), xytext=(4, 3), textcoords="offset points", fontsize=7, color="#666666"
+            )
+    panel.set_ylim(-0.02, 1.03)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g} KB"))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.set_title("Right answers to 4, 8 and 16 recalled pairs", loc="left", fontsize=10, color=INK)
+    panel.set_xlabel("bytes of the state of a row", color=INK, fontsize=9)
+    handles = [h for h, name in zip(*panel.get_legend_handles_labels(), strict=True) if len(series[name]) > 1]
+    if handles:
+        panel.legend(handles=handles, fontsize=8, labelcolor=INK, frameon=False, loc="lower right")
+    panel.grid(color=GRID, linewidth=0.8)
+    panel.tick_params(colors=INK, labelsize=8, length=0)
+    panel.spines[:].set_visible(False)
+    _write(FigureCanvasAgg(figure), Path(png_path))
+
+
+def _read_recall(path: Path) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Name -> (bytes, mean, worst, best) of each size, ascending."""
+    if not path.is_file():
+        raise DataError(f"{path}: the file is missing, needs a record of experiments.recall")
+    mean = lambda scores: sum(scores.values()) / len(scores)  # noqa: E731
+    series: dict[str, list[tuple[float, float, float, float]]] = {}
+    try:
+        for row in json.loads(path.read_text(encoding="utf-8"))["recall"]:
+            point = (float(row["state_bytes"]), *(mean(row[name]) for name in ("mean", "low", "high")))
+            series.setdefault(row["contestant"], []).append(point)
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise DataError(f"{path}: is no record of experiments.recall: {error}") from None
+    return {name: sorted(points) for name, points in series.items()}
 
 
 def _read_needle_bank(path: Path) -> tuple[list[int], int, dict[str, list[list[float]]]]:

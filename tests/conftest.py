@@ -47,3 +47,21 @@ def standard_promotion():
     """JAX's own dtype promotion: for tests that take an optax step, whose bias correction raises a float to an int."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+# ---------------------------------------------------------------------------------------------- what the laws said
+
+_verdicts: list[tuple[str, str, str]] = []
+
+
+def pytest_runtest_logreport(report):
+    """Collect what tests/test_laws.py records; with xdist, on the process that the workers report to."""
+    _verdicts.extend(value for name, value in report.user_properties if name == "law" and report.when == "call")
+
+
+def pytest_sessionfinish(session):
+    """Keep the verdicts for tests/laws_table.py."""
+    if _verdicts and not hasattr(session.config, "workerinput"):
+        from tests import laws_table
+
+        laws_table.keep(_verdicts)

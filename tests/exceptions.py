@@ -18,4 +18,15 @@ ROUTED = {
     "sharded": WHOLE_QUESTION,  # a rank sees its slice of the question
 }
 
-EXCEPTIONS: dict[str, dict[str, str]] = {"msa": ROUTED, "language_model_with_store": ROUTED}
+PREFIX = "Every row, also i < M, sees the WHOLE encoder sum: rows inside the prompt are bidirectional through it."
+DECODING = "Decode: continue Based's step from (S,z); W_k_enc and W_v_enc are not used any more."
+
+PREFIXED = {
+    "split": "Tokens generated after the prompt are never re-encoded.",
+    "step": DECODING,
+    "causal": PREFIX,
+    "gradients": DECODING,  # those through the scan of step
+    "sharded": PREFIX,  # a rank sees its slice of the prompt
+}
+
+EXCEPTIONS: dict[str, dict[str, str]] = {"msa": ROUTED, "language_model_with_store": ROUTED, "jrt_rnn": PREFIXED}

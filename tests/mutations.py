@@ -64,7 +64,7 @@ def applied(mutation: Mutation) -> Iterator[None]:
         jax.clear_caches()
 
 
-GLA, GDN = "memjax.in_state.gla:GatedLinearAttention.apply", "memjax.in_state.gated_delta_net:GatedDeltaNet.apply"
+GLA, GDN = "memjax.in_state.gla:GatedLinearAttention.recall", "memjax.in_state.gated_delta_net:GatedDeltaNet.recall"
 LINEAR, DELTA = "pallas_kernels.linear_attention", "pallas_kernels.delta_rule"
 ROWS, RING, MSA = "pallas_kernels.short_conv.rows:find_places", "memjax.layers:ring_append", "memjax.in_storage.msa:MSA"
 
@@ -115,7 +115,7 @@ MUTATIONS = (
                 "o, S = delta_rule(",
                 "beta = beta if valid is None else jnp.where(valid[..., None], beta, 0.0)\n    o, S = delta_rule(",
             ),
-            ('"valid": valid, ', ""),
+            ("initial_state=state.S, **masks", "initial_state=state.S, start=start"),
         ),
         {"gated_delta_net": "padding"},
     ),
@@ -148,7 +148,7 @@ MUTATIONS = (
     Mutation(
         "start not given to linear attention",
         GLA,
-        (('"start": start, ', ""),),
+        (("initial_state=state.S, **masks", "initial_state=state.S, valid=valid"),),
         {"gla": "packing"},
     ),
     Mutation(
@@ -225,13 +225,13 @@ MUTATIONS = (
     Mutation(
         "rows of the batch mixed",
         GLA,
-        (("o = merge(rms_norm(", "o = o + o.mean(0, keepdims=True)\n    o = merge(rms_norm("),),
+        (("return o, Gated", "o = o + o.mean(0, keepdims=True)\n    return o, Gated"),),
         {"gla": "batch"},
     ),
     Mutation(
         "gradient stopped at the decay",
         GLA,
-        (("(q, k, v, log_decay, **", "(q, k, v, jax.lax.stop_gradient(log_decay), **"),),
+        (("(q, k, v, log_decay, init", "(q, k, v, jax.lax.stop_gradient(log_decay), init"),),
         {"gla": "gradients"},
     ),
     Mutation(

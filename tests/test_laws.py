@@ -22,11 +22,12 @@ from hypothesis.extra.numpy import arrays
 from memjax import laws
 from memjax.catalog import CATALOG
 from memjax.combinators import Gate, Repeat, Residual, Stack, pattern
+from memjax.in_state.rwkv7 import RWKV7ChannelMixing
 from memjax.laws.bench import B, T
 from memjax.layers import linear, positions, scan_tokens
 from memjax.lm.model import LanguageModel, block
 from memjax.memory import How, Memory, NoState, Slot, dense
-from tests import golden
+from tests import golden, laws_table
 from tests.exceptions import EXCEPTIONS
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -44,6 +45,19 @@ def residual(name: str) -> Memory:
 COMPOSITIONS: dict[str, Callable[[], Memory]] = {
     "gate": lambda: Residual(Gate(small("gla"), small("sliding_window_attention"))),
     "pattern": lambda: pattern(residual("canon"), residual("sliding_window_attention"), n=2),
+    "hgrn2_stack": lambda: Stack(
+        tuple(Residual(CATALOG["hgrn2"].build_small(layer=i, layers=2, use_short_conv=False)) for i in range(2))
+    ),
+    "rwkv7_stack": lambda: Stack(
+        tuple(
+            Residual(mixing)
+            for layer in range(2)
+            for mixing in (
+                CATALOG["rwkv7"].build_small(layer=layer, layers=2),
+                RWKV7ChannelMixing(dim=16, hidden=24, layer=layer, layers=2),
+            )
+        )
+    ),
     "language_model": lambda: LanguageModel(Stack((residual("stem"), Repeat(residual("gla"), 2))), 50),
     "language_model_with_store": lambda: LanguageModel(Stack((residual("canon"), Repeat(residual("msa"), 2))), 50),
     "language_model_of_all": lambda: LanguageModel(
@@ -64,6 +78,7 @@ SLOW = ("language_model_of_all",)
 class Subject(NamedTuple):
     """What is under the laws."""
 
+    name: str
     bench: laws.Bench
     exceptions: dict[str, str]
     recorded: Callable | None
@@ -84,12 +99,14 @@ def subject(request):
     name = request.param
     build = CATALOG[name].build_small if name in CATALOG else COMPOSITIONS[name]
     stems = CATALOG[name].goldens if name in CATALOG else ()
-    return Subject(laws.Bench(build()), EXCEPTIONS.get(name, {}), recorded(stems))
+    return Subject(name, laws.Bench(build()), EXCEPTIONS.get(name, {}), recorded(stems))
 
 
 @pytest.mark.parametrize("law", laws.NAMES)
-def test_law(subject, law):
+def test_law(subject, law, record_property):
     result = laws.judge(subject.bench, law, subject.exceptions.get(law), subject.recorded)
+    if subject.name in CATALOG:
+        record_property("law", [subject.name, law, laws_table.verdict(result, law in subject.exceptions)])
     assert result.ok is not False, str(result)
     may_not_apply = {"golden": subject.recorded is None, "kernels": not subject.bench.memory.implementations}
     assert result.ok is True or may_not_apply.get(law), str(result)

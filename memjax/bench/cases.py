@@ -209,6 +209,17 @@ def _dplr(draw: Draw) -> dict[str, Any]:
     return draw.attention() | draw.gate("channel") | {"a": -direction, "b": b}
 
 
+def _taylor(draw: Draw) -> dict[str, Any]:
+    """Keys of 16 at most, as in Based: their features are 273. The state is that of a few tokens, its z positive."""
+    d = min(draw.d, 16)
+    found = {name: x[..., :d] if name in ("q", "k") else x for name, x in draw.attention().items()}
+    keys, values = draw.normal(draw.b, 8, draw.h, d), draw.normal(draw.b, 8, draw.h, draw.d)
+    with_one = np.concatenate([values, np.ones((*values.shape[:-1], 1))], -1)
+    scale = 100.0 if draw.contents == "hard" else 1.0
+    features = np.asarray(pallas_kernels.taylor_features(jnp.asarray(keys, jnp.float32)), np.float64)
+    return found | {"initial_state": scale * np.einsum("bthf,bthv->bhfv", features, with_one)}
+
+
 def _scan(parts: int) -> Callable[[Draw], dict[str, Any]]:
     def inputs(draw: Draw) -> dict[str, Any]:
         width = draw.h * draw.d
@@ -240,6 +251,7 @@ CASES = {
         Case("delta_rule/householder", _delta_rule("head", 2), {"num_householder": 2}),
         Case("delta_rule/erase_write", _erase_write, peer="gdn2"),
         Case("dplr_delta_rule", _dplr, peer="dplr"),
+        Case("taylor_attention", _taylor),
         Case("diagonal_scan/real", _scan(1), peer="associative_scan", widen=4),
         Case("diagonal_scan/complex", _scan(2), peer="associative_scan", widen=4),
         Case("short_conv", _short_conv, widen=4),

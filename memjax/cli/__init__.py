@@ -1,4 +1,4 @@
-"""The command line: `memjax list | train | generate | bank build | bank ask | bank info | bench ops`.
+"""The command line: `memjax list | train | eval | generate | bank build | bank ask | bank info | bench ops`.
 
 One file a group of commands. A command is a dataclass, whose fields are its flags (tyro), with `run`. What computes is
 imported in `run`, so that `--help` is quick.
@@ -16,6 +16,7 @@ import tyro
 from memjax.cli import console
 from memjax.cli.bank import Bank
 from memjax.cli.bench import Bench
+from memjax.cli.evaluate import Eval
 from memjax.cli.generate import Generate
 from memjax.cli.listing import List
 from memjax.cli.train import Train
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = (
         Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Bank, tyro.conf.subcommand("bank")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = tyro.cli(
             commands,
             prog="memjax",
-            description="Memory architectures for sequence models: look them up, train them, read folders into them.",
+            description="Memory architectures for sequence models: look up, train, compare, read folders into them.",
             args=argv or ["--help"],
             config=SPELLING,
         )

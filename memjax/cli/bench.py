@@ -262,6 +262,7 @@ def _scaling(out: Console, rows: list[dict[str, Any]]) -> None:
     _title(out, "Milliseconds of the default while t doubles")
     if not _narrow(out):
         _note(out, "(how many times that of half the length)")
+    _note(out, f"{rows[0]['shape']['h']} heads or more: those without products outgrow the cache at every length")
     table = _table("op", *(f"t={t:,}" for t in lengths))
     for case, own in _by_case(rows):
         table.add_row(Text(case, "bold"))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.resources
 import inspect
+import json
 import math
+import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +24,9 @@ from memjax.errors import ConfigError
 
 COLORS = {"in_state": "green", "in_context": "cyan", "in_storage": "magenta", "in_weights": "yellow"}
 DIM = 512
+SOURCE = 120  # columns of a line of source
+LABEL = re.compile(r"^[A-Z]\w*: +|(?:^ *|: +)\w+ {2,}")  # "Update: ", "  step   "
+NUMBERS = (("year", 4), ("state", 8), ("laws", 5), ("goldens", 7))  # the columns behind the name, and their widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,42 +57,72 @@ def entry(name: str) -> Any:
 
 
 def at_dim(entry: Any, dim: int) -> Any:
-    """The memory with its class's defaults at this width, usual values where there is no default; None: impossible."""
+    """The memory at this width with its class's defaults, or None where that is impossible.
+
+    Fields without a default get usual values: a memory is that of its own entry at this width, and what is no width is
+    as in the entry's small instance.
+    """
     usual = {"dim": dim, "heads": max(1, dim // 64), "vocab": 32_000, "hidden": 4 * dim}
-    needed = {n: usual.get(n) for n, p in inspect.signature(entry.cls).parameters.items() if p.default is p.empty}
-    if None in needed.values():
-        return None
+    needed = [n for n, p in inspect.signature(entry.cls).parameters.items() if p.default is p.empty or n == "dim"]
     try:
-        return entry.build(**{"dim": dim, **needed})
-    except (TypeError, ValueError):
+        fields = {n: usual[n] if n in usual else _at_dim(entry.small[n], dim) for n in needed}
+        return entry.build(**fields)
+    except (KeyError, TypeError, ValueError):
         return None
+
+
+def _at_dim(value: Any, dim: int) -> Any:
+    from memjax.catalog import CATALOG, Part
+
+    if isinstance(value, Part):
+        return at_dim(CATALOG[value.name], dim)
+    return tuple(_at_dim(v, dim) for v in value) if type(value) is tuple else value
+
+
+@functools.cache
+def laws() -> dict[str, dict[str, list[str]]]:
+    """name -> "held", "declared off" and "not applicable" -> laws, as the suite found them."""
+    return json.loads(importlib.resources.files("memjax").joinpath("catalog_laws.json").read_text(encoding="utf-8"))
+
+
+def _laws_held(name: str) -> str:
+    """How many laws a memory obeys, of those that apply to it: "9/12"."""
+    found = laws().get(name)
+    return "–" if found is None else f"{len(found['held'])}/{len(found['held']) + len(found['declared off'])}"
+
+
+# ---------------------------------------------------------------------------------------------- all of them
 
 
 def _print_all(out: Console) -> None:
     from memjax.catalog import CATALOG, PLACES
 
-    name_width = max(map(len, CATALOG)) + 2
-    numbers = (("year", 4), (f"state, dim {DIM}", 14), ("goldens", 7))
-    text_width = min(80, max(24, out.width - name_width - sum(width + 2 for _, width in numbers) - 2))
+    width = max(map(len, CATALOG)) + 2
     for place, meaning in PLACES.items():
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(place, width=name_width, no_wrap=True, header_style=f"bold {COLORS[place]}")
-        table.add_column(meaning, width=text_width, header_style=COLORS[place])
-        for header, width in numbers:
-            table.add_column(header, width=width, justify="right", no_wrap=True, header_style="dim")
-        for name, e in sorted(CATALOG.items()):
-            if e.place == place:
-                memory = at_dim(e, DIM)
-                state = "–" if memory is None else size(memory.state_bytes(1))
-                what = Text.assemble(e.summary, "\n", (e.paper, "dim"))
-                table.add_row(f"  {name}", what, str(e.year), state, str(len(e.goldens)) if e.goldens else "–")
+        color = COLORS[place]
         out.print()
-        out.print(table)
-    out.print(
-        f"\n{len(CATALOG)} memories. State: bytes of one row, with the defaults of the class. "
-        "Goldens: files of reference numbers.\nmemjax list NAME shows one of them.",
-        style="dim",
-    )
+        out.print(Text.assemble((place, f"bold {color}"), "  ", (meaning, color)))
+        headers = "".join(f"  {header:>{w}}" for header, w in NUMBERS)
+        out.print(Text(" " * width + headers, "dim"))
+        for name, e in sorted((n, e) for n, e in CATALOG.items() if e.place == place):
+            memory = at_dim(e, DIM)
+            state = "–" if memory is None else size(memory.state_bytes(1))
+            values = str(e.year), state, _laws_held(name), str(len(e.goldens) or "–")
+            numbers = "".join(f"  {v:>{w}}" for v, (_, w) in zip(values, NUMBERS, strict=True))
+            out.print(Text.assemble(("  " + name.ljust(width - 2), "bold"), numbers))
+            for text, style in ((e.summary, ""), (e.paper, "dim")):
+                out.print(Text(_filled(text, out.width, first="    "), style))
+    out.print()
+    for line in (
+        f"{len(CATALOG)} memories, each with what it is and its paper. memjax list NAME shows one of them.",
+        f"state: bytes of one row at dim {DIM}, with the defaults of the class, however long the input.",
+        "laws: how many hold, of those that apply; the others are declared off (tests/exceptions.py says why).",
+        "goldens: files of reference numbers that it reproduces.",
+    ):
+        out.print(Text(_filled(line, out.width), "dim"))
+
+
+# ---------------------------------------------------------------------------------------------- one of them
 
 
 def _print_one(out: Console, name: str, e: Any) -> None:
@@ -93,39 +131,93 @@ def _print_one(out: Console, name: str, e: Any) -> None:
     memory, dim = at_dim(e, DIM), DIM
     if memory is None:
         memory, dim = e.build_small(), e.small["dim"]
-    out.print(Text.assemble((name, f"bold {COLORS[e.place]}"), f"   memjax.{e.place}: {PLACES[e.place]}"))
     module = sys.modules[e.cls.__module__]
-    for text in (module.__doc__, f"{e.cls.__name__}: {inspect.getdoc(e.cls)}"):
-        out.print()
-        out.print(Text(inspect.cleandoc(text or "")))
+    about = inspect.cleandoc(module.__doc__ or "").split("\n\n")
+    paper = next((p for p in about if p.startswith("Paper:")), None)
+
+    out.print(Text.assemble((name, f"bold {COLORS[e.place]}"), f"   memjax.{e.place}: {PLACES[e.place]}"))
+    for paragraph in about:
+        if paragraph != paper:
+            out.print()
+            out.print(Text(reflowed(paragraph, out.width)))
     out.print()
-    out.print(Text.assemble(("when to use  ", "bold"), e.when))
-    out.print(Text.assemble(("paper        ", "bold"), f"{e.paper} ({e.year})"))
-    out.print(Text.assemble(("goldens      ", "bold"), ", ".join(e.goldens) or "none"))
+    found = laws().get(name, {})
+    for label, text in (
+        ("when to use", e.when),
+        ("paper", f"{e.paper} ({e.year})" if paper is None else " ".join(paper.removeprefix("Paper:").split())),
+        ("goldens", ", ".join(e.goldens) or "none"),
+        ("laws", f"{_laws_held(name)} hold" if found else "not judged yet"),
+        *((f"  {label}", ", ".join(found[label])) for label in ("declared off", "not applicable") if found.get(label)),
+    ):
+        lines = _filled(text, out.width, first=" " * 18)[18:]
+        out.print(Text.assemble((label.ljust(18), "" if label.startswith(" ") else "bold"), lines))
     out.print()
-    out.print(_arrays(memory, f"arrays at dim {dim}, one row"))
+    out.print(Text(f"state at dim {dim}, one row", "bold"))
+    out.print(_arrays(memory, "state"))
+    out.print()
+    out.print(Text(reflowed(f"{e.cls.__name__}: {inspect.getdoc(e.cls)}", out.width)))
+    out.print()
+    out.print(Text(f"parameters at dim {dim}", "bold"))
+    out.print(_arrays(memory, "params"))
+    out.print()
     out.print(Text(f"{e.cls.__module__}.{memory}", "dim"))
 
 
-def _arrays(memory: Any, title: str) -> Table:
+def reflowed(text: str, width: int) -> str:
+    """Paragraphs filled to the width. Formulas and tables stay on their lines, and go on indented where these are too
+    long."""
+    filled = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        if any(line.startswith(" ") for line in lines):
+            about = ""
+            for line in _unwrapped(lines):
+                about = line.split(":")[0] if line[0] != " " else about
+                indent = max(len(line) - len(line.lstrip()), *(m.end() for m in LABEL.finditer(line)), 0)
+                filled.append(_filled(line, width, indent=" " * (indent + 2 * (about == "Update"))))
+        else:
+            filled.append(_filled(" ".join(lines), width))
+        filled.append("")
+    return "\n".join(filled[:-1])
+
+
+def _unwrapped(lines: list[str]) -> list[str]:
+    """Lines that were only broken because the next word did not fit into a line of source are one again."""
+    whole, last = lines[:1], lines[0]
+    for line in lines[1:]:
+        if len(last) + 1 + len(line.split()[0]) > SOURCE and not LABEL.match(line):
+            whole[-1] += " " + line.strip()
+        else:
+            whole.append(line)
+        last = line
+    return whole
+
+
+def _filled(text: str, width: int, first: str = "", indent: str | None = None) -> str:
+    """Lines of this width at most, broken between words; the first begins with `first`, the others with `indent`."""
+    indent = first if indent is None else indent
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    return "\n".join(lines)
+
+
+def _arrays(memory: Any, kind: str) -> Table:
     import jax
     import jax.numpy as jnp
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    params = kind == "params"
+    specs = memory.param_specs() if params else memory.state_specs(1)
+    total = memory.param_bytes() if params else memory.state_bytes(1)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("array", "axes", "shape", "dtype"):
-        table.add_column(header)
-    table.add_column("bytes", justify="right")
-    for kind, specs, total in (
-        ("params", memory.param_specs(), memory.param_bytes()),
-        ("state", memory.state_specs(1), memory.state_bytes(1)),
-    ):
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs):
-            dtype = jnp.dtype(getattr(spec, "dtype", jnp.float32))
-            axes = Text(" ".join(axis or "·" for axis in spec.axes), "dim")
-            bytes_ = size(math.prod(spec.shape) * dtype.itemsize)
-            name = ".".join([kind, *(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)])
-            table.add_row(Text(name), axes, Text(str(list(spec.shape))), dtype.name, bytes_)
-        table.add_row(Text(f"{kind} in all", "bold"), "", "", "", Text(size(total), "bold"))
-        if kind == "params":
-            table.add_section()
+        table.add_column(header, overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs):
+        dtype = jnp.dtype(getattr(spec, "dtype", jnp.float32))
+        axes = Text(" ".join(axis or "·" for axis in spec.axes), "dim")
+        bytes_ = size(math.prod(spec.shape) * dtype.itemsize)
+        name = ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        table.add_row(Text(name), axes, Text(str(list(spec.shape))), dtype.name, bytes_)
+    table.add_row(Text("in all", "bold"), "", "", "", Text(size(total), "bold"))
     return table

@@ -9,12 +9,15 @@ that of Jiang et al., Mistral 7B, arXiv 2310.06825 (2023), the positions those o
 State:  Ring: k, v [b c h d] with c = window, keys rotated at their position in the document; count [b] int32.
 Update: o_t = sum_i softmax_i(d**-0.5 q_t . k_i) v_i over i = t - window + 1 .. t of the same document
 
-Differs from the paper: nothing.
+Differs from the paper: nothing. The local attention of RecurrentGemma (De et al., Griffin, arXiv 2402.19427) has
+kv_heads=1, rotary_share=0.5 and output_bias=True; its window of w sees w + 1 keys, here window=w + 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import jax.numpy as jnp
 
 from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary
 from memjax.memory import How, Memory, Param, at_least, constant, dense
@@ -27,9 +30,10 @@ class SlidingWindowAttention(Memory):
     """Causal attention over x [b, t, dim] that sees `window` tokens, the current one included.
 
     kv_heads: heads of k and v, a divisor of `heads` (None: as many). head_dim: None is dim / heads.
-    theta: base of the rotary positions; rotary=False leaves positions out. qk_norm: RMSNorm of each head of q and k
-    before the rotation, as in Qwen3. cache_dtype: k and v are rounded to it in the ring, and inside a call too, so
-    that a call sees what a later one will.
+    theta: base of the rotary positions; rotary=False leaves positions out. rotary_share: how much of each head turns,
+    from its first channel on. qk_norm: RMSNorm of each head of q and k before the rotation, as in Qwen3. output_bias:
+    of the output projection. cache_dtype: k and v are rounded to it in the ring, and inside a call too, so that a call
+    sees what a later one will.
     """
 
     dim: int
@@ -39,7 +43,9 @@ class SlidingWindowAttention(Memory):
     window: int = 4096
     theta: float = 10_000.0
     rotary: bool = True
+    rotary_share: float = 1.0
     qk_norm: bool = False
+    output_bias: bool = False
     norm_eps: float = 1e-6
     cache_dtype: str = "float32"
 
@@ -55,6 +61,11 @@ class SlidingWindowAttention(Memory):
             )
         if self.d < 1 or (self.rotary and self.d % 2):
             raise ValueError(f"SlidingWindowAttention: head_dim is {self.d}, needs an even number for rotary positions")
+        if self.rotary and self.d * self.rotary_share not in range(2, self.d + 1, 2):
+            raise ValueError(
+                f"SlidingWindowAttention: rotary_share is {self.rotary_share}, needs an even part of the {self.d} "
+                "channels of a head"
+            )
         if self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(
                 f"SlidingWindowAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}"
@@ -70,6 +81,11 @@ class SlidingWindowAttention(Memory):
         """Width of a head."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
+    @property
+    def turned(self) -> int:
+        """Channels of a head that turn."""
+        return int(self.d * self.rotary_share)
+
     def param_specs(self):
         hd, kv = self.heads * self.d, self.hkv * self.d
         norm = Param((self.d,), (None,), constant(1), "vector")
@@ -78,6 +94,7 @@ class SlidingWindowAttention(Memory):
             "w_k": dense(self.dim, kv, ("model", "kv_heads")),
             "w_v": dense(self.dim, kv, ("model", "kv_heads")),
             "w_o": dense(hd, self.dim, ("heads", "model")),
+            **({"b_o": Param((self.dim,), ("model",), constant(0), "vector")} if self.output_bias else {}),
             **({"norm_q": norm, "norm_k": norm} if self.qk_norm else {}),
         }
 
@@ -91,6 +108,10 @@ class SlidingWindowAttention(Memory):
             q, k = rms_norm(q, params["norm_q"], self.norm_eps), rms_norm(k, params["norm_k"], self.norm_eps)
         if self.rotary:
             position, _ = positions(state.count, x.shape[1], valid, start)
-            q, k = rotary(q, position, self.theta), rotary(k, position, self.theta)
+            q, k = (self._rotated(a, position) for a in (q, k))
         k, v, visible, state = ring_append(state, k, v, valid, start)
-        return linear(merge(attention(q, k, v, visible)), params["w_o"]), state
+        return linear(merge(attention(q, k, v, visible)), params["w_o"], params.get("b_o")), state
+
+    def _rotated(self, x, position):
+        turned = rotary(x[..., : self.turned], position, self.theta)
+        return turned if self.turned == self.d else jnp.concatenate([turned, x[..., self.turned :]], -1)

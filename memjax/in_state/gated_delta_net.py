@@ -14,17 +14,18 @@ Differs from the paper: nothing. Grouped value heads and the doubled beta are th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import gate, heads, l2_norm, linear, merge, rms_norm, row, short_conv
-from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
+from memjax.layers import gate, heads, l2_norm, linear, row
+from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
+from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import depthwise, matrix, same
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -36,7 +37,7 @@ class GatedDeltaNetState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet(Memory):
+class GatedDeltaNet(Recurrence):
     """Gated DeltaNet over x [b, t, dim].
 
     heads: query and key heads. v_heads: value heads, a multiple of `heads` (None: as many); value head j reads with
@@ -56,6 +57,7 @@ class GatedDeltaNet(Memory):
     norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
+    own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_a", "w_b")
 
     def __post_init__(self):
         at_least(self, 1, "dim", "heads", "head_dim")
@@ -94,9 +96,9 @@ class GatedDeltaNet(Memory):
             "w_b": dense(d, hv, kind="gate"),
             **w_g,
             "w_o": dense(v, d, ("heads", "model")),
-            "A_log": Param((hv,), ("heads",), _log_rate, "gate"),
-            "dt_bias": Param((hv,), ("heads",), _inverse_softplus_of_dt, "gate"),
-            "conv": Param((self.conv_size, q + k + v), (None, None), normal(self.conv_size**-0.5), "vector"),
+            "A_log": Param((hv,), ("heads",), log_rate(1e-4), "gate"),
+            "dt_bias": Param((hv,), ("heads",), inverse_softplus_of_dt, "gate"),
+            "conv": conv_weight(self.conv_size, q + k + v),
             "norm": Param((self.v,), ("value",), constant(1), "vector"),
         }
 
@@ -105,19 +107,26 @@ class GatedDeltaNet(Memory):
         conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
         return specs(GatedDeltaNetState, S=S, conv=conv)
 
-    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def tensors(self):
+        w_g = {"w_g": matrix("g_proj.weight")} if self.use_gate else {}
+        return {
+            "w_q": matrix("q_proj.weight"),
+            "w_k": matrix("k_proj.weight"),
+            "w_v": matrix("v_proj.weight"),
+            "w_a": matrix("a_proj.weight"),
+            "w_b": matrix("b_proj.weight"),
+            **w_g,
+            "w_o": matrix("o_proj.weight"),
+            "A_log": same("A_log"),
+            "dt_bias": same("dt_bias"),
+            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
+            "norm": same("o_norm.weight"),
+        }
+
+    def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
+        masks: dict[str, Any] = {"valid": valid, "start": start}
         # q, k, v = silu(conv(x W)), then q and k of length 1
-        rows = jnp.concatenate([linear(x, params[w]) for w in ("w_q", "w_k", "w_v")], -1)
-        rows, conv = short_conv(
-            rows,
-            params["conv"],
-            state.conv,
-            valid=valid,
-            start=start,
-            activation="silu",
-            implementation=how.implementation,
-        )
-        q, k, v = jnp.split(rows, (self.qkv[0], sum(self.qkv[:2])), -1)
+        (q, k, v), conv = convolved(params, ("w_q", "w_k", "w_v"), state.conv, x, **masks, how=how)
         q, k, v = l2_norm(heads(q, self.heads)), l2_norm(heads(k, self.heads)), heads(v, self.hv)
         # beta = sigmoid(x W_b), g = -exp(A_log) softplus(x W_a + dt_bias), both from the unconvolved x and in float32
         beta = jax.nn.sigmoid(gate(x, params["w_b"])) * (2 if self.allow_neg_eigval else 1)
@@ -125,21 +134,10 @@ class GatedDeltaNet(Memory):
         log_decay = -jnp.exp(row(params["A_log"], dt)) * dt
         # S_t = e^g S_{t-1} + k u^T, o = k**-0.5 S^T q
         q = q * self.head_dim**-0.5
-        recurrence = {"initial_state": state.S, "valid": valid, "start": start, "implementation": how.implementation}
-        o, S = delta_rule(q, k, v, beta, log_decay, **recurrence)
+        o, S = delta_rule(q, k, v, beta, log_decay, initial_state=state.S, **masks, implementation=how.implementation)
+        return o, GatedDeltaNetState(S, conv)
+
+    def output(self, params, o, x):
         # y = W_o (RMSNorm(o) * silu(x W_g))
-        o = merge(rms_norm(o, params["norm"], self.norm_eps))
-        if self.use_gate:
-            o = o * jax.nn.silu(linear(x, params["w_g"]))
-        return linear(o, params["w_o"]), GatedDeltaNetState(S, conv)
-
-
-def _log_rate(key: Array, shape: tuple[int, ...]) -> Array:
-    """log U(0, 16): decay rates as in Mamba-2, kept away from 0, whose logarithm is not finite."""
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-4, 16.0))
-
-
-def _inverse_softplus_of_dt(key: Array, shape: tuple[int, ...]) -> Array:
-    """The bias for which softplus gives a step dt, log-uniform between 0.001 and 0.1."""
-    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, math.log(0.001), math.log(0.1)))
-    return dt + jnp.log(-jnp.expm1(-dt))
+        z = jax.nn.silu(linear(x, params["w_g"])) if self.use_gate else None
+        return gated_output(params, o, self.norm_eps, z)

@@ -17,15 +17,17 @@ flash-linear-attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import gate, heads, linear, merge, rms_norm, short_conv
-from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal, specs
+from memjax.layers import gate, heads, linear
+from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
+from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output
+from memjax.tensors import depthwise, matrix, same
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -37,7 +39,7 @@ class GatedLinearAttentionState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedLinearAttention(Memory):
+class GatedLinearAttention(Recurrence):
     """Gated linear attention over x [b, t, dim].
 
     kv_heads: heads of k, v and the decay, a divisor of `heads` (None: as many); query head j reads kv head
@@ -62,6 +64,7 @@ class GatedLinearAttention(Memory):
     norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
+    own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_gk1", "w_gk2", "b_gk")
 
     def __post_init__(self):
         at_least(self, 1, "dim", "heads", "gate_low_rank_dim")
@@ -105,7 +108,6 @@ class GatedLinearAttention(Memory):
     def param_specs(self):
         d, (q, k, v), low, o = self.dim, self.qkv, self.gate_low_rank_dim, self.heads * self.v
         w_g = {"w_g": dense(d, o)} if self.use_gate else {}
-        conv = Param((self.conv_size, q + k + v), (None, None), normal(self.conv_size**-0.5), "vector")
         return {
             "w_q": dense(d, q),
             "w_k": dense(d, k),
@@ -115,7 +117,7 @@ class GatedLinearAttention(Memory):
             "w_gk1": dense(d, low, ("model", None), "gate"),
             "w_gk2": dense(low, k, (None, "heads"), "gate"),
             "b_gk": Param((k,), ("heads",), constant(0), "gate"),
-            **({"conv": conv} if self.use_short_conv else {}),
+            **({"conv": conv_weight(self.conv_size, q + k + v)} if self.use_short_conv else {}),
             "norm": Param((self.v,), ("value",), constant(1), "vector"),
         }
 
@@ -126,22 +128,30 @@ class GatedLinearAttention(Memory):
         conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
         return specs(GatedLinearAttentionState, S=S, conv=conv)
 
-    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+    def tensors(self):
+        conv = depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True)))
+        w_g = {"w_g": matrix("g_proj.weight")} if self.use_gate else {}
+        return {
+            "w_q": matrix("q_proj.weight"),
+            "w_k": matrix("k_proj.weight"),
+            "w_v": matrix("v_proj.weight"),
+            **w_g,
+            "w_o": matrix("o_proj.weight"),
+            "w_gk1": matrix("gk_proj.0.weight"),
+            "w_gk2": matrix("gk_proj.1.weight"),
+            "b_gk": same("gk_proj.1.bias"),
+            **({"conv": conv} if self.use_short_conv else {}),
+            "norm": same("g_norm_swish_gate.weight" if self.use_gate else "g_norm.weight"),
+        }
+
+    def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
+        masks: dict[str, Any] = {"valid": valid, "start": start}
         # q, k, v = x W, without an activation, or silu(conv(x W))
-        q, k, v = (linear(x, params[w]) for w in ("w_q", "w_k", "w_v"))
-        conv = state.conv
+        names, conv = ("w_q", "w_k", "w_v"), state.conv
         if self.use_short_conv:
-            qkv = jnp.concatenate([q, k, v], -1)
-            qkv, conv = short_conv(
-                qkv,
-                params["conv"],
-                conv,
-                valid=valid,
-                start=start,
-                activation="silu",
-                implementation=how.implementation,
-            )
-            q, k, v = jnp.split(qkv, (self.qkv[0], sum(self.qkv[:2])), -1)
+            (q, k, v), conv = convolved(params, names, conv, x, **masks, how=how)
+        else:
+            q, k, v = (linear(x, params[w]) for w in names)
         # g = logsigmoid(x W_gk1 W_gk2 + b) / 16, in float32
         logits = gate(linear(x, params["w_gk1"]), params["w_gk2"], params["b_gk"])
         log_decay = jax.nn.log_sigmoid(logits) / self.gate_logit_normalizer
@@ -150,10 +160,10 @@ class GatedLinearAttention(Memory):
         # S_t = diag(e^g) S_{t-1} + k v^T, o = k**-0.5 S^T q
         q = heads(q, self.heads) * self.k**-0.5
         k, v, log_decay = (jnp.repeat(heads(a, self.hkv), self.heads // self.hkv, 2) for a in (k, v, log_decay))
-        recurrence = {"initial_state": state.S, "valid": valid, "start": start, "implementation": how.implementation}
-        o, S = linear_attention(q, k, v, log_decay, **recurrence)
+        o, S = linear_attention(q, k, v, log_decay, initial_state=state.S, **masks, implementation=how.implementation)
+        return o, GatedLinearAttentionState(S, conv)
+
+    def output(self, params, o, x):
         # y = W_o (RMSNorm(o) * silu(x W_g))
-        o = merge(rms_norm(o, params["norm"], self.norm_eps))
-        if self.use_gate:
-            o = o * jax.nn.silu(linear(x, params["w_g"]))
-        return linear(o, params["w_o"]), GatedLinearAttentionState(S, conv)
+        z = jax.nn.silu(linear(x, params["w_g"])) if self.use_gate else None
+        return gated_output(params, o, self.norm_eps, z)

@@ -1,14 +1,15 @@
-"""Generation through `step`: greedy or sampled, ragged prompts, whole or streamed.
+"""Generation through `step`: greedy or sampled, ragged prompts, whole or streamed, from the beginning or from a prefix.
 
 A language model is any Memory over token ids with logits as y. States are donated: a decoded token copies no cache.
+What has been read is a `Prefix`: it can be continued, forked into several rows, and saved (`memjax.lm.prefix`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,13 @@ class Sampling:
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0")
+
+
+class Prefix(NamedTuple):
+    """What rows have read: the state behind it, and the logits of the token that comes next."""
+
+    state: Any
+    logits: Float[Array, "b v"]
 
 
 def sample(logits: Float[Array, "b v"], key: Array, how: Sampling = Sampling()) -> Int[Array, " b"]:
@@ -60,6 +68,60 @@ def prefill(
     return jax.vmap(lambda y, i: y[i])(y, last), state
 
 
+def read(
+    model: Memory,
+    params: dict,
+    state: Any,
+    prompt: Int[Array | np.ndarray, "b t"],
+    *,
+    valid: Bool[Array | np.ndarray, "b t"] | None = None,
+    block: int | None = None,
+    how: How = How(),
+) -> Prefix:
+    """Read more: the prefix behind it.
+
+    Args:
+      state: of the rows so far, or a `Prefix`, whose rows may be left without a token. It stays usable.
+      valid: padding of ragged prompts, on either side.
+      block: read so many tokens at a time, so that a long prompt takes no more memory than a short one; not for
+        memories that decide once over a whole question.
+
+    Raises ValueError where a row has nothing to begin with.
+    """
+    state, logits = state if isinstance(state, Prefix) else (state, None)
+    prompt = jnp.asarray(prompt, jnp.int32)
+    valid = jnp.ones(prompt.shape, jnp.bool_) if valid is None else jnp.asarray(valid)
+    if logits is None and (empty := np.flatnonzero(~np.asarray(valid).any(1))).size:
+        raise ValueError(f"read: row {empty[0]} of the prompt has no token to begin with")
+    t = prompt.shape[1]
+    if block is not None:
+        padding = ((0, 0), (0, -t % block))
+        prompt, valid = jnp.pad(prompt, padding), jnp.pad(valid, padding)
+    for at in range(0, t, block or t):
+        now = slice(at, at + (block or t))
+        new, state = prefill(model, params, state, prompt[:, now], valid[:, now], how=how)
+        logits = new if logits is None else jnp.where(valid[:, now].any(1)[:, None], new, logits)
+    assert logits is not None  # a prompt has a token
+    return Prefix(state, logits)
+
+
+def fork(model: Memory, prefix: Prefix, rows: int | Sequence[int]) -> Prefix:
+    """The rows of a prefix with these numbers, each as often as it is named. One number n: n copies of its only row.
+
+    What all rows share (a store) is not copied. Raises ValueError where there is no such row.
+    """
+    b = prefix.logits.shape[0]
+    if isinstance(rows, int):
+        if b != 1:
+            raise ValueError(f"fork: the prefix has {b} rows, needs 1 for {rows} copies of it, or the numbers of rows")
+        rows = [0] * rows
+    if not rows or not all(0 <= i < b for i in rows):
+        raise ValueError(f"fork: rows are {list(rows)}, needs at least one, each of them from 0 to {b - 1}")
+    index = jnp.asarray(rows, jnp.int32)
+    take = lambda s, a: jnp.take(a, index, s.axes.index("batch")) if "batch" in s.axes else a  # noqa: E731
+    return Prefix(jax.tree.map(take, model.state_specs(b), prefix.state), prefix.logits[index])
+
+
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "how"), donate_argnames=("state",))
 def decode(
     model: Memory,
@@ -75,7 +137,8 @@ def decode(
     """A token for each key after `logits`: tokens [b, n] (-1 after the stop token), the state, the next logits, which
     rows ended.
 
-    A row that has ended reads no more tokens: its state stays as it was. The state that is given is consumed.
+    A row that has ended reads no more tokens: its state and its logits stay as they were. The state that is given is
+    consumed.
     """
 
     def body(carry, key):
@@ -83,8 +146,8 @@ def decode(
         token = sample(logits, key, sampling)
         out = jnp.where(done, -1, token)
         done = done if sampling.stop is None else done | (token == sampling.stop)
-        logits, state = model.step(params, state, token, valid=~done, how=how)
-        return (state, logits, done), out
+        new, state = model.step(params, state, token, valid=~done, how=how)
+        return (state, jnp.where(done[:, None], logits, new), done), out
 
     (state, logits, done), tokens = lax.scan(body, (state, logits, done), keys)
     return tokens.T, state, logits, done
@@ -94,30 +157,33 @@ def generate(
     model: Memory,
     params: dict,
     state: Any,
-    prompt: Int[Array | np.ndarray, "b t"],
+    prompt: Int[Array | np.ndarray, "b t"] | None = None,
     *,
     steps: int,
     valid: Bool[Array | np.ndarray, "b t"] | None = None,
     key: Array | None = None,
     sampling: Sampling = Sampling(),
     how: How = How(),
-) -> tuple[Int[Array, "b n"], Any]:
-    """Read `prompt` after `state`, then decode `steps` tokens: tokens [b, steps] (-1 after the stop token), the state.
+) -> tuple[Int[Array, "b n"], Prefix]:
+    """Read `prompt` after `state`, then decode `steps` tokens: tokens [b, steps] (-1 after the stop token), the prefix.
 
-    valid: padding of ragged prompts, on either side. key: needed when sampling. The state that is given stays usable.
+    Args:
+      state: of the rows so far, or a `Prefix`, after which the prompt may be left out. It stays usable.
+      valid: padding of ragged prompts, on either side.
+      key: needed when sampling.
     """
     pieces = stream(
         model, params, state, prompt, steps=steps, block=steps, valid=valid, key=key, sampling=sampling, how=how
     )
-    ((tokens, state),) = pieces
-    return tokens, state
+    ((tokens, prefix),) = pieces
+    return tokens, prefix
 
 
 def stream(
     model: Memory,
     params: dict,
     state: Any,
-    prompt: Int[Array | np.ndarray, "b t"],
+    prompt: Int[Array | np.ndarray, "b t"] | None = None,
     *,
     steps: int,
     block: int = 1,
@@ -125,10 +191,10 @@ def stream(
     key: Array | None = None,
     sampling: Sampling = Sampling(),
     how: How = How(),
-) -> Iterator[tuple[Int[Array, "b n"], Any]]:
-    """The tokens of `generate`, `block` at a time: yields (tokens [b, block], state) until every row has ended.
+) -> Iterator[tuple[Int[Array, "b n"], Prefix]]:
+    """The tokens of `generate`, `block` at a time: yields (tokens [b, block], prefix) until every row has ended.
 
-    The state that is yielded last may be continued; earlier ones are consumed by the next piece.
+    The prefix that is yielded last may be continued; earlier ones are consumed by the next piece.
     """
     if steps < 1 or block < 1:
         raise ValueError(f"generate: steps is {steps} and block {block}, needs at least 1")
@@ -136,14 +202,17 @@ def stream(
         if sampling.temperature:
             raise ValueError("generate: sampling needs a key")
         key = jax.random.key(0)
-    prompt = jnp.asarray(prompt, jnp.int32)
-    valid = jnp.ones(prompt.shape, jnp.bool_) if valid is None else jnp.asarray(valid)
-    logits, state = prefill(model, params, state, prompt, valid, how=how)
-    done = jnp.zeros(prompt.shape[0], jnp.bool_)
+    if prompt is not None:
+        state, logits = read(model, params, state, prompt, valid=valid, how=how)
+    elif isinstance(state, Prefix):
+        state, logits = jax.tree.map(jnp.copy, state.state), state.logits  # the state is consumed below
+    else:
+        raise ValueError("generate: needs a prompt, or a Prefix to go on from")
+    done = jnp.zeros(logits.shape[0], jnp.bool_)
     keys = jax.random.split(key, steps)
     for at in range(0, steps, block):
         now = keys[at : at + block]
         tokens, state, logits, done = decode(model, params, state, logits, done, now, sampling=sampling, how=how)
-        yield tokens, state
+        yield tokens, Prefix(state, logits)
         if sampling.stop is not None and bool(np.all(np.asarray(done))):
             return

@@ -1,6 +1,6 @@
 """A decoder language model whose mixers are memories, itself a memory over token ids.
 
-x [b, t] int32 -> logits [b, t, vocab] float32. State: that of the body. `FeedForward` is the usual SwiGLU block.
+x [b, t] int32 -> logits [b, t, vocab] float32. State: that of the body.
 """
 
 from __future__ import annotations
@@ -8,35 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
-
-from memjax.combinators import Combinator, Residual, Stack
-from memjax.layers import gate, linear, rms_norm
+from memjax.blocks import FeedForward as FeedForward
+from memjax.blocks import block as block
+from memjax.combinators import Combinator
+from memjax.layers import gate, rms_norm
 from memjax.memory import How, Memory, Param, constant, dense, normal
-
-
-@dataclass(frozen=True)
-class FeedForward(Memory):
-    """SwiGLU: y = W_down (silu(x W_gate) * (x W_up)); it keeps no state. Source: Shazeer 2020, arXiv 2002.05202."""
-
-    dim: int
-    hidden: int
-
-    def param_specs(self):
-        return {
-            "w_gate": dense(self.dim, self.hidden, ("model", "mlp")),
-            "w_up": dense(self.dim, self.hidden, ("model", "mlp")),
-            "w_down": dense(self.hidden, self.dim, ("mlp", "model")),
-        }
-
-    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
-        h = jax.nn.silu(linear(x, params["w_gate"])) * linear(x, params["w_up"])
-        return linear(h, params["w_down"]), state
-
-
-def block(mixer: Memory, hidden: int, eps: float = 1e-6) -> Memory:
-    """A pre-norm decoder layer: x + mixer(norm(x)), then x + FeedForward(norm(x))."""
-    return Stack((Residual(mixer, eps), Residual(FeedForward(mixer.dim, hidden), eps)))
 
 
 @dataclass(frozen=True)
@@ -56,6 +32,7 @@ class LanguageModel(Combinator):
     eps: float = 1e-6
 
     takes_ids: ClassVar[bool] = True
+    streams: ClassVar[bool] = False  # those of the body begin and end in it
 
     @property
     def reads_ids(self) -> int:

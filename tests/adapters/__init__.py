@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax import tensors
+from memjax.memory import How, Memory
+from memjax.tensors import Tensor
 from pallas_kernels.compat import QUICK_COMPILE
 
 Arrays = Mapping[str, np.ndarray]
@@ -54,14 +57,14 @@ def expect(system: str, cfg: Mapping[str, Any], **fixed: Any) -> None:
             raise GoldenError(f"{system}: cfg_json has {key} = {cfg[key]!r}, this adapter runs only {value!r}")
 
 
-def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, cotangents: Any) -> tuple[Any, Any, Any]:
-    """(outputs, aux) of run(inputs), and the gradients of sum(outputs * cotangents) in the structure of inputs."""
+def value_and_grads(run: Callable[[Any], tuple[Any, Any]], inputs: Any, do: Any) -> tuple[Any, Any, Any]:
+    """(outputs, aux) of run(inputs), and the gradients of sum(outputs * do) in the structure of inputs."""
 
-    def both(inputs, cotangents):
+    def both(inputs, do):
         outputs, pull, aux = jax.vjp(run, inputs, has_aux=True)
-        return outputs, aux, pull(cotangents)[0]
+        return outputs, aux, pull(do)[0]
 
-    return jax.jit(both, compiler_options=QUICK_COMPILE if jax.default_backend() == "cpu" else None)(inputs, cotangents)
+    return jax.jit(both, compiler_options=QUICK_COMPILE if jax.default_backend() == "cpu" else None)(inputs, do)
 
 
 def recurrence(
@@ -80,6 +83,32 @@ def recurrence(
         return {"out_o": out["do"], "out_final_state": out["dht"]} | {f"grad_{n}": g for n, g in grads.items()}
 
     return each((*implementations, None), compute)
+
+
+def layer(
+    memory: Memory, arrays: Arrays, outputs: Callable[[Any], Results], table: Mapping[str, Tensor] | None = None
+) -> Results:
+    """A layer from its empty state: out_y, the `outputs` of its final state, and the gradients of sum(y do), for x and
+    for every parameter under the name that `table` (None: the memory's own) gives it; by every implementation."""
+    table = memory.tensors() if table is None else table
+
+    def run(a, how):
+        state = in_dtype(memory.init_state(len(a["x"])), a["x"].dtype)
+        return memory.apply(tensors.read(table, a["params"]), state, a["x"], how=how)
+
+    def compute(implementation: str | None) -> Results:
+        inputs = {"params": parameters(arrays), **given(arrays, "x")}
+        y, state, grads = value_and_grads(lambda a: run(a, How(implementation)), inputs, **given(arrays, "do"))
+        named = {f"grad_param_{name}": g for name, g in grads["params"].items()}
+        return {"out_y": y, **outputs(state), "grad_x": grads["x"], **named}
+
+    return each((*memory.implementations, None), compute)
+
+
+def convolutions(cache: Any, widths: Iterable[int]) -> Results:
+    """out_conv0, out_conv1, ... of a cache [b w c] that holds several streams, of which each reference keeps one."""
+    ends = np.cumsum(list(widths))[:-1].tolist()
+    return {f"out_conv{i}": Tail(a) for i, a in enumerate(jnp.split(jnp.swapaxes(cache, 1, 2), ends, 1))}
 
 
 def each(labels: Iterable[str | None], compute: Callable[[Any], Results]) -> Results:

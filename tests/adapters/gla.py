@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.in_state.gla import GatedLinearAttention
-from memjax.memory import How
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
-from tests.adapters import Arrays, Results, Tail, each, expect, given, in_dtype, parameters, recurrence, value_and_grads
+from tests.adapters import Arrays, Results, convolutions, each, expect, given, layer, recurrence, value_and_grads
 
 CHUNK = 16  # the files have 37 tokens: chunks are crossed, and the last one is not full
 
@@ -59,8 +58,8 @@ def retention(arrays: Arrays, cfg: dict) -> Results:
     return {**op(arrays, cfg), "out_o_zero_state": empty["out_o"], "out_log_decay": log_decay}
 
 
-def layer(arrays: Arrays, cfg: dict) -> Results:
-    """out_y, the state, and the gradients of sum(y do). The weights of the file are [out, in]."""
+def gla_layer(arrays: Arrays, cfg: dict) -> Results:
+    """The layer of flash-linear-attention, several streams in one convolution."""
     fixed = {"conv_bias": False, "conv_activation": "silu", "conv_streams": ["q", "k", "v"], "feature_map": None}
     expect("gla_layer", cfg, **fixed, gate_activation="silu")
     memory = GatedLinearAttention(
@@ -78,35 +77,16 @@ def layer(arrays: Arrays, cfg: dict) -> Results:
         norm_eps=cfg["norm_eps"],
     )
     expect("gla_layer", cfg, head_k_dim=memory.k, head_v_dim=memory.v, scale=memory.k**-0.5)
-    inputs = given(arrays, "x", "do")
-    ends_of_q_and_k = np.cumsum(memory.qkv)[:-1].tolist()
-    norm = "g_norm_swish_gate.weight" if memory.use_gate else "g_norm.weight"
 
-    def run(a, implementation):
-        theirs, x = a["params"], a["x"]
-        params = {f"w_{n}": theirs[f"{n}_proj.weight"].T for n in ("qkvgo" if memory.use_gate else "qkvo")}
-        params |= {"w_gk1": theirs["gk_proj.0.weight"].T, "w_gk2": theirs["gk_proj.1.weight"].T}
-        params |= {"b_gk": theirs["gk_proj.1.bias"], "norm": theirs[norm]}
-        if memory.use_short_conv:
-            params["conv"] = jnp.concatenate([theirs[f"{n}_conv1d.weight"][:, 0].T for n in "qkv"], -1)
-        state = in_dtype(memory.init_state(x.shape[0]), x.dtype)
-        return memory.apply(params, state, x, how=How(implementation))
+    def outputs(state):
+        return {"out_state": state.S} | (convolutions(state.conv, memory.qkv) if memory.use_short_conv else {})
 
-    def compute(implementation: str) -> Results:
-        given_to_run = {"x": inputs["x"], "params": parameters(arrays)}
-        y, state, grads = value_and_grads(lambda a: run(a, implementation), given_to_run, inputs["do"])
-        results = {"out_y": y, "out_state": state.S, "grad_x": grads["x"]}
-        if memory.use_short_conv:
-            conv = jnp.split(jnp.swapaxes(state.conv, 1, 2), ends_of_q_and_k, 1)
-            results |= {f"out_conv{i}": Tail(a) for i, a in enumerate(conv)}
-        return results | {f"grad_param_{n}": g for n, g in grads["params"].items()}
-
-    return each(memory.implementations, compute)
+    return layer(memory, arrays, outputs)
 
 
 SYSTEMS = {
     "gla": op,
-    "gla_layer": layer,
+    "gla_layer": gla_layer,
     "linear_attention": plain_and_normalised,
     "retnet": retention,
     "simple_gla": op,

@@ -1,16 +1,28 @@
 """The commands as a user types them, in this process: what they print, and what they return."""
 
 import json
+import sys
+from dataclasses import dataclass, replace
 
 import pytest
 from rich.text import Text
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from memjax.catalog import CATALOG
-from memjax.cli import main
+from memjax.catalog import CATALOG, Part
+from memjax.cli import listing, main
 from memjax.cli.bank import excerpt
 from memjax.cli.console import printable, size
+from memjax.cli.listing import at_dim, reflowed
+from memjax.combinators import Residual
+from memjax.in_state.gated_delta_net import GatedDeltaNet
+from memjax.laws import NAMES
 from memjax.lm.files import save_model
+from memjax.lm.model import LanguageModel
+from memjax.memory import How, Memory
 from tests.lm import tiny
+from tests.lm.published import write_folder
 
 SMALL = ["--steps", "3", "--dim", "16", "--layers", "1", "--context", "16", "--batch", "2", "--tokenizer", "bytes"]
 QUESTION = "Which number belongs to the red house?"
@@ -73,29 +85,108 @@ def test_wrong_arguments(run):
     assert run("lists")[0] == 2
 
 
-def test_list(run):
+@pytest.fixture
+def verdicts(monkeypatch):
+    """What the laws said of two memories."""
+    off = ["split", "step"]
+    held = [law for law in NAMES if law not in off]
+    table = {
+        "gla": {"held": list(NAMES), "declared off": [], "not applicable": []},
+        "msa": {"held": held[:-1], "declared off": off, "not applicable": held[-1:]},
+    }
+    monkeypatch.setattr(listing, "laws", lambda: table)
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_list(run, verdicts, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, err = run("list")
     assert (code, err) == (0, "")
     assert out.startswith("cpu x 8, jax ")
     assert "kernels: xla" in out.splitlines()[0]
+    assert max(map(len, out.splitlines())) <= width and "…" not in out
+    text = " ".join(out.split())
     for name, entry in CATALOG.items():
-        line = next(line for line in out.splitlines() if line.split()[:1] == [name])
-        assert str(entry.year) in line
+        (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
+        year, state, *_, goldens = line.split()[1:]
+        assert (year, goldens) == (str(entry.year), str(len(entry.goldens) or "–"))
+        assert state[0].isdigit()
+        assert entry.summary in text and entry.paper in text
     assert out.index("in_state") < out.index("in_context") < out.index("in_storage") < out.index("in_weights")
-    assert "131 KB" in next(line for line in out.splitlines() if line.strip().startswith("gla "))
+    row = next(line for line in out.splitlines() if line.strip().startswith("gla "))
+    assert row.split() == ["gla", "2023", "131", "KB", "14/14", "2"]
+    assert "11/13" in next(line for line in out.splitlines() if line.strip().startswith("msa "))
 
 
-def test_list_one(run):
+def test_list_one(run, verdicts, monkeypatch):
     for name, entry in CATALOG.items():
+        monkeypatch.setenv("COLUMNS", "80")
         code, out, _ = run("list", name)
         assert code == 0
-        for part in ("State", entry.when, entry.paper, "arrays at dim 512", "params.", "state in all"):
-            assert part in " ".join(out.split()), (name, part)
-    assert "state.S" in run("list", "gla")[1]
+        assert max(map(len, out.splitlines())) <= 80 and "…" not in out, name
+        text = " ".join(out.split())
+        about = sys.modules[entry.cls.__module__].__doc__.split("\n\n")
+        for part in (
+            entry.when,
+            "state at dim 512",
+            "parameters at dim 512",
+            "laws",
+            "in all",
+            " ".join(about[0].split()),
+        ):
+            assert part in text, (name, part)
+    out = run("list", "gla")[1]
+    assert "S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T;  o_t = k**-0.5 S_t^T q_t" in out
+    assert "14/14 hold" in out and "not applicable" not in out
+    out = " ".join(run("list", "msa")[1].split())
+    assert "laws 11/13 hold declared off split, step not applicable golden" in out
+
+
+def test_the_laws_are_in_the_package():
+    table = listing.laws()
+    assert set(table) <= set(CATALOG)
+    for row in table.values():
+        assert sorted(law for names in row.values() for law in names) == sorted(NAMES)
+
+
+def test_a_memory_of_memories_is_listed_at_the_width():
+    outer = replace(CATALOG["gla"], path=f"{__name__}.Pair", small={"dim": 16, "pair": (Part("gla"), Part("canon"))})
+    memory = at_dim(outer, 512)
+    assert isinstance(memory, Pair)
+    assert [type(m).__name__ for m in memory.pair] == ["GatedLinearAttention", "Canon"]
+    assert {m.dim for m in memory.pair} == {512} and memory.dim == 512
+    assert at_dim(replace(outer, small={"dim": 16}), 512) is None
+
+
+@dataclass(frozen=True)
+class Pair(Memory):
+    """Two memories that are never used."""
+
+    dim: int
+    pair: tuple[Memory, ...]
+
+    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        return x, state
+
+
+def test_reflowed(monkeypatch):
+    monkeypatch.setattr(listing, "SOURCE", 36)  # where the lines of this source were broken
+    text = "One sentence that\nis cut. Another.\n\nState:  S [b h k v] float32; conv,\n        the rows before.\n"
+    text += "        ring   k\nUpdate: S = S + 1\n        y = S + S_{t-1} * S_{t-2} * S_{t-3}"
+    assert reflowed(text, 40).splitlines() == [
+        "One sentence that is cut. Another.",
+        "",
+        "State:  S [b h k v] float32; conv, the",
+        "        rows before.",
+        "        ring   k",
+        "Update: S = S + 1",
+        "        y = S + S_{t-1} * S_{t-2} *",
+        "          S_{t-3}",
+    ]
 
 
 def test_list_of_an_unknown_name(run):
-    assert_refused(run("list", "gated_delta"), "'gated_delta'", "did you mean gated_delta_net?")
+    assert_refused(run("list", "gated_delta"), "'gated_delta'", "did you mean gated_delta_net or ")
     assert_refused(run("list", "zzz"), "there are gated_delta_net")
 
 
@@ -145,6 +236,72 @@ def test_train_interrupted_resumed_and_generate(run, corpus, tmp_path, monkeypat
 
     (corpus / "b.md").write_text("another text")
     assert_refused(run(*command, "--steps", 7), "config.corpus")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A language model that has not learned anything."""
+    folder = tmp_path_factory.mktemp("generate") / "model"
+    memory = LanguageModel(Residual(GatedDeltaNet(8, 2, head_dim=4)), tiny.TOKENIZER.vocab_size, embed_std=1.0)
+    save_model(folder, memory, tiny.params(memory), tiny.TOKENIZER)
+    return folder
+
+
+def test_generate_continues_many_prompts(run, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red house\n\na longer prompt than the others\n")
+    greedy = ("--tokens", 6, "--temperature", 0)
+    code, out, err = run("generate", model, "--prompts", "prompts.txt", *greedy)
+    assert (code, err) == (0, "")
+    assert [f"[{i}/3]" in out for i in (1, 2, 3)] == [True] * 3
+    rows = out.split("/3]\n")[1:]
+    for prompt, row in zip(("red house", "", "a longer prompt than the others"), rows, strict=True):
+        alone = run("generate", model, prompt, *greedy)[1].split("\n", 1)[1]
+        assert row.startswith(alone.rsplit("\n", 2)[0] + "\n")
+
+
+def test_generate_goes_on_from_a_saved_state(run, model, tmp_path):
+    greedy = ("--temperature", 0)
+    written = lambda out: out.splitlines()[1]  # noqa: E731
+    whole = written(run("generate", model, "red", "--tokens", 8, *greedy)[1])
+    code, out, err = run("generate", model, "red", "--tokens", 3, "--save-state", "s", *greedy)
+    assert (code, err) == (0, "") and "saved s, state 1 x " in out
+    first, then = written(out), written(run("generate", model, "--state", "s", "--tokens", 5, *greedy)[1])
+    assert first + then == whole
+
+    code, out, _ = run("generate", model, "red", "--tokens", 0, "--save-state", "read")  # the prompt as a prefix
+    assert code == 0 and written(out) == "red"
+    (tmp_path / "prompts.txt").write_text(" a\n b\n")
+    many = ("generate", model, "--prompts", "prompts.txt", "--tokens", 4, *greedy)
+    code, out, _ = run(*many, "--state", "read", "--save-state", "both")
+    assert code == 0 and "state 2 x " in out
+    alone = written(run("generate", model, "red b", "--tokens", 4, *greedy)[1])
+    assert "red" + out.split("[2/2]\n")[1].splitlines()[0] == alone
+    assert run("generate", model, "--state", "both", "--tokens", 2, *greedy)[0] == 0  # its two rows go on
+
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    assert_refused(run(*many, "--state", "both"), "--state both: has 2 rows, there are 3 prompts")
+    assert_refused(run("generate", model, "--state", "nowhere"), "nowhere: ")
+    (tmp_path / "notes").write_text("mine")
+    assert_refused(run("generate", model, "a", "--tokens", 1, "--save-state", "notes"), "notes: exists and is no saved")
+
+
+def test_generate_refuses(run, model, tmp_path):
+    assert_refused(run("generate", model, "a", "--tokens", 0), "--tokens is 0, needs at least 1")
+    assert_refused(run("generate", model, "--prompts", "nowhere"), "--prompts nowhere: No such file")
+    (tmp_path / "empty").write_text("")
+    assert_refused(run("generate", model, "--prompts", "empty"), "--prompts empty: is empty")
+    assert_refused(run("generate", model, "a", "--prompts", "empty"), "there is a prompt on the command line too")
+
+
+def test_generate_with_published_weights(run, tmp_path):
+    folder = write_folder(tmp_path / "published", "gla", eos_token_id=2, bos_token_id=1)
+    assert_refused(run("generate", folder, "a"), "published/tokenizer.json: the tokenizer can't be read")
+    words = {word: i for i, word in enumerate("<unk> <s> </s> a b c d e f g h".split())}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    code, out, err = run("generate", folder, "a b", "--tokens", 5)
+    assert (code, err) == (0, "") and out.splitlines()[1].startswith("a b")
 
 
 def test_train_refuses(run, corpus):

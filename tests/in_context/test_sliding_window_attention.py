@@ -38,12 +38,13 @@ def softmax_attention(memory, params, x, sees):
             for a, n in ((q, "norm_q"), (k, "norm_k"))
         )
     if memory.rotary:
-        q, k = turned(q, memory.theta), turned(k, memory.theta)
+        n = int(memory.d * memory.rotary_share)
+        q, k = (np.concatenate([turned(a[..., :n], memory.theta), a[..., n:]], -1) for a in (q, k))
     k, v = (np.repeat(a, memory.heads // memory.hkv, 2) for a in (k, v))
     scores = np.where(sees, np.einsum("bqhd,bkhd->bhqk", q, k) * memory.d**-0.5, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, -1) @ p["w_o"]
+    return np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, -1) @ p["w_o"] + p.get("b_o", 0)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,9 @@ def softmax_attention(memory, params, x, sees):
         {},
         {"theta": 100.0, "qk_norm": True, "norm_eps": 1e-2},
         {"rotary": False, "kv_heads": None, "head_dim": None},
+        {"kv_heads": 1, "head_dim": 8, "rotary_share": 0.5, "output_bias": True},
     ],
-    ids=["plain", "normed", "no positions, no groups"],
+    ids=["plain", "normed", "no positions, no groups", "half of each head turns, bias"],
 )
 @pytest.mark.parametrize("window", [1, 3, T, T + 4])
 def test_equals_softmax_attention_over_the_window(changes, window):
@@ -61,6 +63,8 @@ def test_equals_softmax_attention_over_the_window(changes, window):
     params, state, x = inputs(memory)
     if memory.qk_norm:
         params |= {n: 1 + jax.random.normal(jax.random.key(i), (6,)) for i, n in enumerate(("norm_q", "norm_k"))}
+    if memory.output_bias:
+        params |= {"b_o": jax.random.normal(jax.random.key(2), (12,))}
     age = np.arange(T)[:, None] - np.arange(T)
     y, _ = apply(memory, params, state, x)
     np.testing.assert_allclose(
@@ -96,6 +100,8 @@ def test_a_narrow_cache_rounds_inside_the_call_too():
         ({"kv_heads": 3}, "kv_heads is 3, needs a divisor of heads = 4"),
         ({"heads": 5, "kv_heads": 5, "head_dim": None}, "heads is 5, needs a divisor of dim = 12"),
         ({"head_dim": 3}, "head_dim is 3, needs an even number"),
+        ({"rotary_share": 0.5}, "rotary_share is 0.5, needs an even part of the 6 channels of a head"),
+        ({"rotary_share": 4 / 3}, "rotary_share is 1.33.*, needs an even part"),
         ({"window": 0}, "window is 0, needs at least 1"),
         ({"cache_dtype": "int8"}, "cache_dtype is 'int8', needs one of"),
     ],

@@ -9,8 +9,9 @@ import pytest
 
 from memjax.combinators import Residual, Stack
 from memjax.in_context.canon import Canon
+from memjax.in_state.gla import GatedLinearAttention
 from memjax.in_storage.msa import MSA
-from memjax.lm.generate import Sampling, decode, generate, prefill, sample, stream
+from memjax.lm.generate import Sampling, decode, fork, generate, prefill, read, sample, stream
 from memjax.lm.model import LanguageModel
 from pallas_kernels.compat import QUICK_COMPILE
 
@@ -99,6 +100,70 @@ def test_a_stream_is_continued_by_its_state(empty, greedy):
     np.testing.assert_array_equal(more[:, 0], greedy[:, 4])
 
 
+# ---------------------------------------------------------------------------------------------- prefixes
+
+
+def test_a_prefix_goes_on_without_a_prompt(empty, greedy):
+    tokens, prefix = generate(MODEL, PARAMS, empty, PROMPT, steps=3)
+    for _ in range(2):  # it stays usable
+        more, _ = generate(MODEL, PARAMS, prefix, steps=3)
+        np.testing.assert_array_equal(np.concatenate([tokens, more], 1), greedy)
+    nothing = read(MODEL, PARAMS, prefix, PROMPT, valid=np.zeros_like(PROMPT, bool))
+    np.testing.assert_array_equal(nothing.logits, prefix.logits)
+
+
+def test_rows_of_a_prefix_may_be_left_without_a_token(empty, greedy):
+    prefix = read(MODEL, PARAMS, empty, PROMPT)
+    valid = np.array([[True] * 2, [False] * 2])
+    both, _ = generate(MODEL, PARAMS, prefix, PROMPT[:, :2], steps=3, valid=valid)
+    np.testing.assert_array_equal(both[1], greedy[1, :3])
+    alone, _ = generate(MODEL, PARAMS, prefix, PROMPT[:, :2], steps=3)
+    np.testing.assert_array_equal(both[0], alone[0])
+
+
+def test_a_fork_has_its_rows(empty, greedy):
+    prefix = read(MODEL, PARAMS, empty, PROMPT)
+    forked = fork(MODEL, prefix, [1, 0, 1])
+    tokens, _ = generate(MODEL, PARAMS, forked, steps=STEPS)
+    np.testing.assert_array_equal(tokens, greedy[[1, 0, 1]])
+    one = fork(MODEL, prefix, [1])
+    questions = np.stack([PROMPT[0], PROMPT[1], PROMPT[0] + 1])
+    tokens, _ = generate(MODEL, PARAMS, fork(MODEL, one, 3), questions, steps=3)
+    for row, question in zip(np.asarray(tokens), questions, strict=True):
+        alone, _ = generate(MODEL, PARAMS, one, question[None], steps=3)
+        np.testing.assert_array_equal(row, alone[0])
+    with pytest.raises(ValueError, match="the prefix has 2 rows, needs 1 for 3 copies"):
+        fork(MODEL, prefix, 3)
+    for rows in ([], [2], [0, -1]):
+        with pytest.raises(ValueError, match="needs at least one, each of them from 0 to 1"):
+            fork(MODEL, prefix, rows)
+
+
+def test_a_row_that_ended_ends_again(empty, greedy):
+    stop = Sampling(stop=int(greedy[0, 1]))
+    tokens, prefix = generate(MODEL, PARAMS, empty, PROMPT, steps=3, sampling=stop)
+    more, _ = generate(MODEL, PARAMS, prefix, steps=2, sampling=stop)
+    assert more[0].tolist() == [stop.stop, -1]
+    assert tokens[0, -1] == -1
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 7, 16])
+def test_reading_in_blocks(block):
+    model = LanguageModel(Stack((Residual(Canon(8)), Residual(GatedLinearAttention(8, heads=2)))), V, embed_std=1.0)
+    params = model.init(jax.random.key(1))
+    prompt = np.random.default_rng(2).integers(0, V, (2, 7)).astype(np.int32)
+    valid = np.array([[True] * 7, [False] * 2 + [True] * 3 + [False] * 2])
+    whole = read(model, params, model.init_state(2), prompt, valid=valid)
+    pieces = read(model, params, model.init_state(2), prompt, valid=valid, block=block)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), pieces, whole)
+
+
+def test_the_state_does_not_grow(empty):
+    pieces = stream(MODEL, PARAMS, empty, PROMPT, steps=8, block=2)
+    sizes = [sum(a.nbytes for a in jax.tree.leaves(prefix.state)) for _, prefix in pieces]
+    assert sizes == [MODEL.state_bytes(2)] * 4
+
+
 # ---------------------------------------------------------------------------------------------- sampling
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
@@ -139,3 +204,7 @@ def test_bad_calls(empty):
         generate(MODEL, PARAMS, empty, PROMPT, steps=2, sampling=Sampling(temperature=1.0))
     with pytest.raises(ValueError, match="steps is 0 and block 0, needs at least 1"):
         generate(MODEL, PARAMS, empty, PROMPT, steps=0)
+    with pytest.raises(ValueError, match="needs a prompt, or a Prefix to go on from"):
+        generate(MODEL, PARAMS, empty, steps=2)
+    with pytest.raises(ValueError, match="row 1 of the prompt has no token to begin with"):
+        read(MODEL, PARAMS, empty, PROMPT, valid=np.array([[True] * 4, [False] * 4]))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels.diagonal_scan import FORMS, diagonal_scan, xla
 from tests.pallas_kernels.compare import assert_close, compiled
 
-GOLDEN = Path(__file__).parents[1] / "goldens" / "ops" / "recurrentgemma_lru_a.npz"
+GOLDEN = Path(__file__).parents[1] / "goldens" / "recurrentgemma_lru_a.npz"
 C, B, D = 8, 3, 4
 LENGTHS = (1, C - 1, C, C + 1, 3 * C + 7)
 T = LENGTHS[-1]

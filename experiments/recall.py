@@ -1,0 +1,354 @@
+"""What memories recall: accuracy against the bytes of the state, state tracking, and length, as small trainings.
+
+    python -m experiments.recall            # goes on where it stopped; hours on two cores
+    python -m experiments.recall --quick    # two memories, a few steps
+
+Every memory learns multi-query associative recall (two layers without feed-forward blocks, 16 pairs at most) at three
+sizes of its state, the first nine of the list below, or one. The learning rate is chosen once per memory, at the middle
+size with seed 0. Each training is one file in the output folder; those that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Part = Literal["recall", "parity", "length"]
+SLICES = ("K=4", "K=8", "K=16")
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained."""
+
+    parts: tuple[Part, ...] = ("recall", "parity", "length")
+    memories: tuple[str, ...] = ()
+    """Names of the table below; none: all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    learning_rates: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
+    """Of which one is chosen for each memory."""
+    steps: int | None = None
+    """Updates; None: those of the task."""
+    rows: int = 1024
+    """Rows that each slice is tested on."""
+    device: str | None = None
+    """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
+    output: Path = Path("build/recall")
+    """Folder for the results, the record and its picture."""
+    record: bool = False
+    """Put record and picture into experiments/records instead of the output folder."""
+    quick: bool = False
+    """Two memories, one seed, a few steps: shows that everything runs, not how well."""
+
+
+QUICK: dict[str, Any] = {
+    "memories": (ATTENTION, "gated_delta_net"), "seeds": (0,), "learning_rates": (5e-3,), "steps": 20, "rows": 64,
+}  # fmt: skip
+
+# One layer of a contestant is (name in the catalog, fields); two names make a layer of each kind.
+Layer = tuple[str, dict[str, Any]]
+Size = tuple[Layer, ...]
+
+
+def heads(name: str, *sizes: int, **fields: Any) -> tuple[Size, ...]:
+    """One head of 8, 16 or 32 keys and values: a state of so many squared."""
+    return tuple((((name, {"head_dim": n, **fields}),) * 2) for n in sizes)
+
+
+def based(features: int, window: int) -> Size:
+    """A layer of Based and one of attention over a small window, as in its paper."""
+    fields = {"heads": 1, "feature_dim": features, "head_v_dim": 16}
+    return ("based", fields), ("sliding_window_attention", {"window": window, "rotary": False})
+
+
+THREE, ONE = (8, 16, 32), (16,)
+CONTESTANTS: dict[str, tuple[Size, ...]] = {
+    # the published order is about these
+    ATTENTION: ((("sliding_window_attention", {}),) * 2,),
+    "gated_delta_net": heads("gated_delta_net", *THREE),
+    "delta_net": heads("delta_net", *THREE),
+    "gla": heads("gla", *THREE),
+    "mamba2": tuple((("mamba2", {"expand": 1, "head_dim": 64, "state_size": n}),) * 2 for n in (4, 16, 64)),
+    "retnet": heads("retnet", *THREE),
+    "linear_attention": heads("linear_attention", *THREE, feature_map="elu", normalize=True),
+    "based": (based(4, 8), based(8, 8), based(8, 16)),
+    "mom": tuple(
+        (("mom", {"memory": ("gated_delta_net", {"head_dim": n}), "num_memories": 4, "top_k": 1}),) * 2 for n in THREE
+    ),
+    # the others
+    "simple_gla": heads("simple_gla", *ONE),
+    "kda": heads("kda", *ONE),
+    "gdn2": heads("gdn2", *ONE),
+    "gated_deltaproduct": heads("gated_deltaproduct", *ONE),
+    "rwkv7": heads("rwkv7", *ONE),
+    "mesa_net": heads("mesa_net", *ONE),
+    "log_linear_attention": (
+        (("log_linear_attention", {"expand": 1, "head_dim": 64, "state_size": 16, "max_length": 64}),) * 2,
+    ),
+    "hgrn": ((("hgrn", {}),) * 2,),
+    "hgrn2": ((("hgrn2", {"expand_ratio": 16}),) * 2,),
+    "mamba": ((("mamba", {"expand": 1, "state_size": 16}),) * 2,),
+    "recurrentgemma_lru": ((("recurrentgemma_lru", {"heads": 1}),) * 2,),
+    "window 8": ((("sliding_window_attention", {"window": 8}),) * 2,),
+    "hybrid 3:1": (
+        (("gated_delta_net", {"head_dim": 16}),) * 3 + (("sliding_window_attention", {}),),
+    ),
+    "attention, 4 layers": ((("sliding_window_attention", {}),) * 4,),
+}  # fmt: skip
+ORDER = list(CONTESTANTS)[:9]
+PARITY: dict[str, Size] = {
+    "beta in (0, 2)": (("gated_delta_net", {"heads": 2, "head_dim": 16, "allow_neg_eigval": True}),),
+    "beta in (0, 1)": (("gated_delta_net", {"heads": 2, "head_dim": 16}),),
+}
+
+
+class Run(NamedTuple):
+    """One training. size: its number among the contestant's sizes."""
+
+    part: Part
+    contestant: str
+    size: int
+    learning_rate: float | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        rate = "own" if self.learning_rate is None else f"{self.learning_rate:g}"
+        name = self.contestant.replace(" ", "_").replace(",", "").replace(":", "-").replace("(", "").replace(")", "")
+        return f"{self.part}-{name}-{self.size}-{rate}-{self.seed}.json"
+
+
+# ---------------------------------------------------------------------------------------------- one training
+
+
+def setting_of(part: Part) -> Any:
+    """The task of a part: recall as the sheet of MQAR sizes it, parity, or passkeys up to 8 times the length."""
+    from memjax.tasks import SETTINGS
+    from memjax.tasks.passkey import Passkey
+    from memjax.tasks.task import slices
+
+    if part == "length":
+        passkeys = {t: Passkey(t) for t in (512, 1024, 2048, 4096)}
+        return replace(
+            SETTINGS["passkey"], train=tuple(Passkey(t) for t in (128, 256, 384, 512)), test=slices("T", passkeys),
+            batch=16, steps=1000,
+        )  # fmt: skip
+    return SETTINGS["mqar" if part == "recall" else part]
+
+
+def layers_of(run: Run) -> Size:
+    """The layers of a run; for passkeys the middle size."""
+    return PARITY[run.contestant] if run.part == "parity" else CONTESTANTS[run.contestant][run.size]
+
+
+def models(run: Run, setting: Any) -> tuple[Any, Any]:
+    """The model that is trained, and the one that reads the test rows: a longer window where attention is whole."""
+    from memjax.train.small import small_mixers, small_model
+
+    def build(window: int) -> Any:
+        layers, mixers = layers_of(run), []
+        for i, (name, fields) in enumerate(layers):
+            fields = dict(fields)
+            if isinstance(inner := fields.get("memory"), tuple):
+                fields["memory"] = small_mixers(inner[0], layers=1, vocab=setting.vocab, **inner[1])[0]
+            same = small_mixers(name, **{"layers": len(layers), "window": window, "vocab": setting.vocab, **fields})
+            mixers.append(same[i])
+        return small_model(mixers, setting.vocab, hidden=setting.hidden)
+
+    return build(max(task.tokens for task in setting.train)), build(setting.longest)
+
+
+def train(config: Config, run: Run) -> dict[str, Any]:
+    """The result of one run, from its file if it is there."""
+    from memjax.train.progress import Progress
+    from memjax.train.small import Recipe, measure
+
+    path = config.output / ("quick" if config.quick else "results") / run.file
+    setting = setting_of(run.part)
+    recipe = Recipe.of(setting, steps=config.steps, learning_rate=run.learning_rate)
+    about = {**run._asdict(), "recipe": asdict(recipe), "rows": config.rows}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {name: found.get(name) for name in about} == about:
+            return found
+    model, reader = models(run, setting)
+    title = f"{run.part} {run.contestant} {run.size + 1}/{run.seed}"
+    with Progress(recipe.steps, title, unit="step") as bar:
+        report = lambda n, loss: bar.update(n, loss=loss)  # noqa: E731
+        result = measure(model, setting, recipe, reader=reader, rows=config.rows, seed=run.seed, report=report)
+    body = {
+        **about,
+        "scores": {name: score._asdict() for name, score in result.scores.items()},
+        "losses": result.losses,
+        "seconds": result.seconds,
+        "step_seconds": result.step_seconds,
+        "parameters": result.parameters,
+        "state_bytes": result.state_bytes,
+        "reader_state_bytes": reader.state_bytes(1),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return body
+
+
+def mean_accuracy(result: Mapping[str, Any]) -> float:
+    """Over the slices."""
+    return statistics.fmean(score["accuracy"] for score in result["scores"].values())
+
+
+# ---------------------------------------------------------------------------------------------- the parts
+
+
+def recall(config: Config, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Learning rates at the middle size, then every size with every seed at the best of them."""
+    for name in names:
+        sizes = CONTESTANTS[name]
+        tried = {
+            rate: mean_accuracy(train(config, Run("recall", name, len(sizes) // 2, rate, config.seeds[0])))
+            for rate in config.learning_rates
+        }
+        best = max(tried, key=lambda rate: tried[rate])
+        for size, seed in itertools.product(range(len(sizes)), config.seeds):
+            yield {**train(config, Run("recall", name, size, best, seed)), "tried": tried}
+
+
+def parity(config: Config) -> Iterator[dict[str, Any]]:
+    for name, seed in itertools.product(PARITY, config.seeds):
+        yield train(config, Run("parity", name, 0, None, seed))
+
+
+def length(config: Config, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Passkeys at 1, 2, 4 and 8 times the length of training, one seed, middle size."""
+    for name in names:
+        if name in ORDER:
+            yield train(config, Run("length", name, len(CONTESTANTS[name]) // 2, None, config.seeds[0]))
+
+
+# ---------------------------------------------------------------------------------------------- what it shows
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each contestant and size: state bytes, and mean, least and most over the seeds of each slice."""
+    out = []
+    for key in dict.fromkeys((row["contestant"], row["size"]) for row in rows):
+        same = [row for row in rows if (row["contestant"], row["size"]) == key]
+        scores = {name: [row["scores"][name]["accuracy"] for row in same] for name in same[0]["scores"]}
+        out.append({
+            "contestant": key[0], "size": key[1], "state_bytes": same[0]["state_bytes"],
+            "learning_rate": same[0]["recipe"]["learning_rate"], "seeds": len(same),
+            "mean": {name: statistics.fmean(v) for name, v in scores.items()},
+            "low": {name: min(v) for name, v in scores.items()},
+            "high": {name: max(v) for name, v in scores.items()},
+        })  # fmt: skip
+    return out
+
+
+def claims(body: Mapping[str, Any]) -> dict[str, bool]:
+    """What is published, and whether it holds here; what was not run is left out."""
+    by = {(row["contestant"], row["size"]): row["mean"] for row in body.get("recall", [])}
+    found: dict[str, bool] = {}
+
+    def say(text: str, holds: Any, *needed: tuple[str, int]) -> None:
+        if all(key in by for key in needed):
+            found[text] = bool(holds(*(by[key] for key in needed)))
+
+    over = lambda a, b: statistics.fmean(a.values()) >= statistics.fmean(b.values())  # noqa: E731
+    gdn, linear, delta = ("gated_delta_net", 1), ("linear_attention", 1), ("delta_net", 1)
+    say("attention recalls K=16 above 0.95", lambda a: a["K=16"] > 0.95, (ATTENTION, 0))
+    say("Gated DeltaNet 16x16 recalls K=8 above 0.8", lambda a: a["K=8"] > 0.8, gdn)
+    say("Gated DeltaNet 16x16 is above linear attention 16x16", over, gdn, linear)
+    say(
+        "a hybrid of 3:1 is within 0.03 of attention with as many layers",
+        lambda a, b: abs(a["K=16"] - b["K=16"]) <= 0.03,
+        ("hybrid 3:1", 0),
+        ("attention, 4 layers", 0),
+    )
+    say("Gated DeltaNet >= DeltaNet", over, gdn, delta)
+    say("DeltaNet >= GLA", over, delta, ("gla", 1))
+    say("DeltaNet >= Mamba-2", over, delta, ("mamba2", 1))
+    say("GLA >= RetNet", over, ("gla", 1), ("retnet", 1))
+    say("GLA >= linear attention", over, ("gla", 1), linear)
+    say("Mamba-2 >= RetNet", over, ("mamba2", 1), ("retnet", 1))
+    say("Based rises with the feature size", lambda a, b: over(b, a), ("based", 0), ("based", 1))
+    say("Based rises with the window", lambda a, b: over(b, a), ("based", 1), ("based", 2))
+    say("MoM is above one memory of its size", over, ("mom", 1), gdn)
+    for row in body.get("parity", []):
+        longest = row["mean"]["T=64"]
+        both = row["contestant"].endswith("2)")
+        text = f"parity with {row['contestant']} is " + ("solved at twice the length" if both else "at chance there")
+        found[text] = longest > 0.98 if both else longest < 0.75
+    return found
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a summary."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from memjax.cli.console import size
+
+    out = Table(title=title, title_justify="left", box=None)
+    slices = list(rows[0]["mean"])
+    for header in ("memory", "state", *slices, "learning rate"):
+        out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
+    for row in rows:
+        spread = row["seeds"] > 1
+        cells = [
+            f"{row['mean'][s]:.3f}" + (f" ({row['low'][s]:.2f}–{row['high'][s]:.2f})" if spread else "") for s in slices
+        ]
+        out.add_row(row["contestant"], size(row["state_bytes"]), *cells, f"{row['learning_rate']:g}")
+    Console().print(out)
+
+
+def main(config: Config) -> dict[str, Any]:
+    if config.quick:
+        config = replace(config, **QUICK)
+    if unknown := [name for name in config.memories if name not in CONTESTANTS]:
+        raise SystemExit(f"--memories: no contestant is called {unknown[0]!r}; there are {', '.join(CONTESTANTS)}")
+    import jax
+
+    if config.device:
+        jax.config.update("jax_platforms", config.device)
+    from experiments import RECORDS
+    from memjax import plots
+    from memjax.record import write_record
+
+    names = config.memories or tuple(CONTESTANTS)
+    runs = {
+        "recall": lambda: recall(config, names), "parity": lambda: parity(config),
+        "length": lambda: length(config, names),
+    }  # fmt: skip
+    body: dict[str, Any] = {
+        "config": {name: value for name, value in asdict(config).items() if name not in ("output", "record")}
+    }
+    for part in dict.fromkeys(config.parts):
+        rows = list(runs[part]())
+        body |= {part: summarised(rows), f"{part}_runs": rows}
+        table(f"{part}: share of right answers, mean (worst to best seed)", body[part])
+    body["claims"] = claims(body)
+    for text, holds in body["claims"].items():
+        print(f"{'holds' if holds else 'FAILS':>6}  {text}")
+    if config.quick:
+        print("quick: nothing is recorded; this shows that everything runs, not how well")
+        return body
+    path = write_record("recall", body, RECORDS if config.record else config.output)
+    print(f"wrote {path}")
+    if "recall" in body:
+        plots.plot_recall(path, path.with_name("recall.png"))
+        print(f"wrote {path.with_name('recall.png')}")
+    return body
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,153 @@
+"""Kimi Delta Attention (KDA): Gated DeltaNet with a forget gate of its own for every key channel.
+
+The rows of the state fade at data-dependent rates, as in gated linear attention, then one association is overwritten,
+as in DeltaNet. Kimi Linear has three such layers for every layer of full attention.
+
+Paper: Kimi Team, Kimi Linear: an expressive, efficient attention architecture, arXiv 2510.26692 (2025).
+
+State:  S [b h k v] float32, the associations of each value head; conv, the last rows before the convolution.
+Update: Sbar = diag(e^{g_t}) S_{t-1};  u_t = beta_t (v_t - Sbar^T k_t);  S_t = Sbar + k_t u_t^T
+        o_t = k**-0.5 S_t^T q_t;  beta_t = sigmoid(x_t W_b)
+        g_t = -exp(A_log) softplus(x_t W_f1 W_f2 + dt_bias), or with a lower bound l < 0
+        g_t = l sigmoid(exp(A_log) (x_t W_f1 W_f2 + dt_bias))
+
+Differs from the paper: nothing. Grouped value heads, the doubled beta and the lower bound are those of
+flash-linear-attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from memjax.layers import gate, heads, l2_norm, linear, row
+from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
+from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import depthwise, matrix, same
+from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
+
+
+class KDAState(NamedTuple):
+    """What was read so far."""
+
+    S: Float[Array, "b h k v"]  # float32, the associations
+    conv: Float[Array, "b w c"]  # float32, the last conv_size - 1 rows of q, k, v before the convolution
+
+
+@dataclass(frozen=True)
+class KDA(Recurrence):
+    """Kimi Delta Attention over x [b, t, dim].
+
+    heads: query and key heads. v_heads: value heads, a multiple of `heads` (None: as many); value head j reads with
+    key head j // (v_heads / heads), and has decays, a beta and a state [head_dim, head_dim * expand_v] of its own.
+    conv_size: width of the causal convolution on q, k and v. allow_neg_eigval: beta runs from 0 to 2 instead of 1, so
+    that a write can flip an association. lower_bound: the least log decay, from -5 to 0, approached by a sigmoid
+    (None: a softplus, without a bound).
+    """
+
+    dim: int
+    heads: int = 16
+    v_heads: int | None = None
+    head_dim: int = 128
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    lower_bound: float | None = None
+    norm_eps: float = 1e-5
+
+    implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
+    own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_f1", "w_f2", "w_b")
+
+    def __post_init__(self):
+        at_least(self, 1, "dim", "heads", "head_dim")
+        at_least(self, 2, "conv_size")
+        if self.hv < 1 or self.hv % self.heads:
+            raise ValueError(f"KDA: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
+        if self.v < 1 or self.v != self.head_dim * self.expand_v:
+            width = f"{self.head_dim} * {self.expand_v}"
+            raise ValueError(f"KDA: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole")
+        if self.lower_bound is not None and not -5 <= self.lower_bound < 0:
+            raise ValueError(f"KDA: lower_bound is {self.lower_bound}, needs a log decay of at least -5 and below 0")
+
+    @property
+    def hv(self) -> int:
+        """Value heads."""
+        return self.heads if self.v_heads is None else self.v_heads
+
+    @property
+    def v(self) -> int:
+        """Width of a value head."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def qkv(self) -> tuple[int, int, int]:
+        """Widths of q, k and v."""
+        return self.heads * self.head_dim, self.heads * self.head_dim, self.hv * self.v
+
+    def param_specs(self):
+        d, (q, k, v), hv, low, f = self.dim, self.qkv, self.hv, self.v, self.hv * self.head_dim
+        A_log = log_rate() if self.lower_bound is None else constant(0)
+        return {
+            "w_q": dense(d, q),
+            "w_k": dense(d, k),
+            "w_v": dense(d, v),
+            "w_f1": dense(d, low, ("model", None), "gate"),
+            "w_f2": dense(low, f, (None, "heads"), "gate"),
+            "A_log": Param((hv,), ("heads",), A_log, "gate"),
+            "dt_bias": Param((f,), ("heads",), inverse_softplus_of_dt, "gate"),
+            "w_b": dense(d, hv, kind="gate"),
+            "w_g1": dense(d, low, ("model", None)),
+            "w_g2": dense(low, v, (None, "heads")),
+            "b_g": Param((v,), ("heads",), constant(0), "vector"),
+            "w_o": dense(v, d, ("heads", "model")),
+            "conv": conv_weight(self.conv_size, q + k + v),
+            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+        }
+
+    def state_specs(self, batch):
+        S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
+        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
+        return specs(KDAState, S=S, conv=conv)
+
+    def tensors(self):
+        return {
+            "w_q": matrix("q_proj.weight"),
+            "w_k": matrix("k_proj.weight"),
+            "w_v": matrix("v_proj.weight"),
+            "w_f1": matrix("f_proj.0.weight"),
+            "w_f2": matrix("f_proj.1.weight"),
+            "A_log": same("A_log"),
+            "dt_bias": same("dt_bias"),
+            "w_b": matrix("b_proj.weight"),
+            "w_g1": matrix("g_proj.0.weight"),
+            "w_g2": matrix("g_proj.1.weight"),
+            "b_g": same("g_proj.1.bias"),
+            "w_o": matrix("o_proj.weight"),
+            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
+            "norm": same("o_norm.weight"),
+        }
+
+    def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
+        masks: dict[str, Any] = {"valid": valid, "start": start}
+        # q, k, v = silu(conv(x W)), then q and k of length 1
+        (q, k, v), conv = convolved(params, ("w_q", "w_k", "w_v"), state.conv, x, **masks, how=how)
+        q, k, v = l2_norm(heads(q, self.heads)), l2_norm(heads(k, self.heads)), heads(v, self.hv)
+        # beta = sigmoid(x W_b), g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias), from the unconvolved x and in float32
+        beta = jax.nn.sigmoid(gate(x, params["w_b"])) * (2 if self.allow_neg_eigval else 1)
+        f = heads(gate(linear(x, params["w_f1"]), params["w_f2"], params["dt_bias"]), self.hv)
+        rate, least = jnp.exp(row(params["A_log"][:, None], f)), self.lower_bound
+        log_decay = -rate * jax.nn.softplus(f) if least is None else least * jax.nn.sigmoid(rate * f)
+        # S_t = diag(e^g) S_{t-1} + k u^T, o = k**-0.5 S^T q
+        q = q * self.head_dim**-0.5
+        o, S = delta_rule(q, k, v, beta, log_decay, initial_state=state.S, **masks, implementation=how.implementation)
+        return o, KDAState(S, conv)
+
+    def output(self, params, o, x):
+        # y = W_o (RMSNorm(o) * sigmoid(x W_g1 W_g2 + b_g))
+        z = jax.nn.sigmoid(linear(linear(x, params["w_g1"]), params["w_g2"], params["b_g"]))
+        return gated_output(params, o, self.norm_eps, z)
