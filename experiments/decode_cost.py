@@ -106,7 +106,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
     """A row for each memory and history: bytes of state, and seconds of a decoded token."""
     import jax
 
-    from experiments.memories import build
+    from experiments.memories import mixers
     from memjax.bench.timing import interleave, summary
     from memjax.train import Progress
 
@@ -114,14 +114,14 @@ def measure(config: Config) -> list[dict[str, Any]]:
     calls, bytes_of = {}, {}
     with Progress(len(config.memories) + len(config.histories), "reading", unit="state") as bar:
         for name in config.memories:
-            memory = build(name, window=config.histories[0], **sizes)
+            (memory,) = mixers(name, window=config.histories[0], **sizes)
             params = jax.jit(memory.init)(jax.random.key(0))
             for n, state in states_after(config, memory, params).items():
                 calls[name, n] = caller(config, memory, params, state)
                 bytes_of[name, n] = memory.state_bytes(1)
             bar.update()
         for n in config.histories:
-            memory = build(ATTENTION, window=n, **sizes)
+            (memory,) = mixers(ATTENTION, window=n, **sizes)
             params = jax.jit(memory.init)(jax.random.key(0))
             calls["attention", n] = caller(config, memory, params, full_cache(memory))
             bytes_of["attention", n] = memory.state_bytes(1)

@@ -286,7 +286,7 @@ CATALOG: Mapping[str, Entry] = MappingProxyType(
             2025,
             "mom",
             "more to remember at the cost per token of a few states; not where memory is short: all states are kept",
-            {"memory": Part("gated_delta_net"), "num_memories": 4, "top_k": 2},
+            {"memory": Part("gated_delta_net"), "num_memories": 5, "top_k": 2},
             ("mom_a",),
         ),
         "sambay": Entry(
@@ -311,7 +311,7 @@ CATALOG: Mapping[str, Entry] = MappingProxyType(
             "hybrid_stack",
             "recall near that of attention with a third or less of its cache; pure stacks where no cache may grow",
             {
-                "linear": Part("gla"), "full": Part("sliding_window_attention"), "layers": 5, "hidden": 8, "ratio": 1,
+                "linear": Part("hgrn"), "full": Part("sliding_window_attention"), "layers": 5, "hidden": 8, "ratio": 1,
             },
         ),
         "sliding_window_attention": Entry(

@@ -161,7 +161,7 @@ class Repeat(Combinator):
         at_least(self, 1, "n")
 
     def param_specs(self):
-        return jax.tree.map(lambda p: _stacked(p, self.n), self.block.param_specs())
+        return jax.tree.map(lambda p: stacked(p, self.n), self.block.param_specs())
 
     def state_specs(self, batch):
         return tuple(self.block.state_specs(batch) for _ in range(self.n))
@@ -190,11 +190,13 @@ class Repeat(Combinator):
         return x, states, auxes
 
 
-def _stacked(p: Param, n: int) -> Param:
+def stacked(p: Param, n: int, axis: str | None = "layers") -> Param:
+    """n of a parameter in one array, each drawn for itself, along a new first axis."""
+
     def init(key, shape):
         return jax.vmap(lambda k: p.init(k, shape[1:]))(jax.random.split(key, n))
 
-    return dataclasses.replace(p, shape=(n, *p.shape), axes=("layers", *p.axes), init=init)
+    return dataclasses.replace(p, shape=(n, *p.shape), axes=(axis, *p.axes), init=init)
 
 
 def pattern(*period: Memory, n: int) -> Memory:

@@ -1,7 +1,8 @@
-"""What the layers of linear recurrences share: their two halves, projections with a convolution, decays as in Mamba-2.
+"""What the layers of linear recurrences share: their two halves, projections with a convolution, decays as in Mamba-2,
+forget gates with a lower bound as in HGRN.
 
 A `Recurrence` first recalls (writes its state and reads it), then makes y of what it has read. The halves are apart so
-that a mixture of memories can let several states recall and mix what they read.
+that a mixture of memories can let several states recall and mix what they read. `memjax.heads` has those with heads.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from memjax.layers import linear, merge, rms_norm, short_conv
-from memjax.memory import How, Memory, Param, normal
+from memjax.layers import linear, merge, rms_norm, row, short_conv, wide
+from memjax.memory import How, Memory, Param, at_least, constant, normal
+from memjax.tensors import same
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,106 @@ class Recurrence(Memory):
         return self.output(params, o, x), state
 
 
+@dataclass(frozen=True)
+class LowerBounded(Recurrence):
+    """A recurrence of d channels whose forget gates have a lower bound that rises with the depth.
+
+    layer, layers: this is number `layer`, counted from 0, of the layers of its class in a model. With more than one the
+    bounds of all of them are one parameter: layer 0 has it, "lower_bounds" [layers, d], and hands the cumulated bounds
+    on as the stream "lower_bounds", of which each layer above reads its row; so the layers stand in a `Stack`, not in a
+    `Repeat`. A single layer has no bound.
+    """
+
+    dim: int
+    layer: int = 0
+    layers: int = 1
+
+    def __post_init__(self):
+        at_least(self, 1, "dim", "layers")
+        if not 0 <= self.layer < self.layers:
+            name = type(self).__name__
+            raise ValueError(f"{name}: layer is {self.layer}, needs 0 to layers - 1 = {self.layers - 1}")
+
+    @property
+    def d(self) -> int:
+        """Channels of the forget gate."""
+        raise NotImplementedError
+
+    @property
+    def streams(self) -> bool:
+        """Whether there are other layers to share bounds with."""
+        return self.layers > 1
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the bounds of all layers are its parameter."""
+        return self.streams and self.layer == 0
+
+    def param_specs(self):
+        bounds = {"lower_bounds": Param((self.layers, self.d), (None, "heads"), constant(0), "gate")}
+        return bounds if self.has_bounds else {}
+
+    def tensors(self):
+        return {"lower_bounds": same("lower_bounds")} if self.has_bounds else {}
+
+    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
+        if not self.streams:
+            return super().apply(params, state, x, valid=valid, start=start, how=how)
+        flow, x = x, x.x
+        # lb = (cumsum gam)_l - gam_0, gam = softmax of Lambda over the layers
+        if self.has_bounds:
+            gam = jax.nn.softmax(wide(params["lower_bounds"]), 0)
+            bounds = jnp.cumsum(gam, 0) - gam[:1]
+        else:
+            bounds = flow.take("lower_bounds", self)
+        lb = bounds[self.layer] if self.layer else None
+        o, state = self.recall(params, state, x, valid=valid, start=start, how=how, lower_bound=lb)
+        return flow.hand(self.output(params, o, x), lower_bounds=bounds), state
+
+    def recall(
+        self,
+        params: dict,
+        state: Any,
+        x: Float[Array, "b t dim"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        start: Bool[Array, "b t"] | None = None,
+        how: How = How(),
+        lower_bound: Float[Array, " d"] | None = None,
+    ) -> tuple[Float[Array, "b t h v"], Any]:
+        """As every recurrence's; lower_bound: the least f of this layer, None in layer 0."""
+        raise NotImplementedError
+
+    def forget(
+        self, logits: Float[Array, "b t d"], lower_bound: Float[Array, " d"] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+        """log f and 1 - f of f = lb + (1 - lb) sigmoid(logits): neither loses its digits where the other is near 0."""
+        if lower_bound is None:
+            if self.layer:
+                name = type(self).__name__
+                raise ValueError(f"{name}: lower_bound is None, layer {self.layer} needs [{self.d}]")
+            return jax.nn.log_sigmoid(logits), jax.nn.sigmoid(-logits)
+        lb = row(lower_bound, logits)
+        return jnp.log(lb + (1 - lb) * jax.nn.sigmoid(logits)), (1 - lb) * jax.nn.sigmoid(-logits)
+
+
 def convolved(
     params: dict,
     names: Sequence[str],
-    cache: Float[Array, "b w c"],
+    cache: Float[Array, "b w c"] | tuple[()],
     x: Float[Array, "b t d"],
     *,
-    activation: str | None = "silu",
+    activation: Literal["silu"] | None = "silu",
     valid: Bool[Array, "b t"] | None = None,
     start: Bool[Array, "b t"] | None = None,
     how: How = How(),
-) -> tuple[list[Float[Array, "b t ..."]], Float[Array, "b w c"]]:
+) -> tuple[list[Float[Array, "b t ..."]], Any]:
     """activation(conv(x W)) for several W side by side, in one convolution with the weight params["conv"], and its new
-    cache: the last w valid rows of x W."""
+    cache: the last w valid rows of x W. With the cache () there is no convolution: x W without an activation, and ().
+    """
     rows = [linear(x, params[name]) for name in names]
+    if isinstance(cache, tuple):
+        return rows, cache
     ends = [sum(r.shape[-1] for r in rows[: i + 1]) for i in range(len(rows) - 1)]
     rows, cache = short_conv(
         jnp.concatenate(rows, -1),

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"pallas_kernels"},
     {"memjax.errors", "memjax.arrays", "memjax.record"},
-    {"memjax.memory", "memjax.layers", "memjax.recurrence", "memjax.tensors"},
+    {"memjax.memory", "memjax.layers", "memjax.recurrence", "memjax.heads", "memjax.state_space", "memjax.tensors"},
     {"memjax.combinators", "memjax.blocks", "memjax.parallel"},
     {"memjax.in_state", "memjax.in_context", "memjax.in_storage", "memjax.in_weights"},
     {"memjax.catalog", "memjax.laws"},

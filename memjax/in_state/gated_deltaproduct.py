@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import GroupedValues
 from memjax.layers import gate, heads, l2_norm, linear, row
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output, inverse_softplus_of_dt, log_rate
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, Param, at_least, dense, specs
+from memjax.recurrence import convolved, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import matrix, same
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -40,96 +41,62 @@ class GatedDeltaProductState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedDeltaProduct(Recurrence):
+class GatedDeltaProduct(GroupedValues):
     """Gated DeltaProduct over x [b, t, dim].
 
-    num_householder: writes a token. heads: query and key heads. v_heads: value heads, a multiple of `heads` (None: as
-    many); value head j reads with key head j // (v_heads / heads), and each has its own state
-    [head_dim, head_dim * expand_v]. conv_size: width of the causal convolution on q, k and v, which runs over tokens.
-    use_forget_gate: the state is multiplied by e^{g_t} once a token. allow_neg_eigval: beta runs from 0 to 2 instead of
-    1. use_gate: the output is multiplied by silu(x W_g).
+    heads, v_heads, head_dim, expand_v, conv_size: those of `GroupedValues`; the convolution runs over tokens.
+    num_householder: writes a token. use_forget_gate: the state is multiplied by e^{g_t} once a token. allow_neg_eigval:
+    beta runs from 0 to 2 instead of 1. use_gate: the output is multiplied by silu(x W_g).
     """
 
-    dim: int
     heads: int = 6
-    v_heads: int | None = None
     head_dim: int = 256
     expand_v: float = 2.0
     num_householder: int = 2
-    conv_size: int = 4
     use_forget_gate: bool = True
     allow_neg_eigval: bool = True
     use_gate: bool = True
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "head_dim", "num_householder")
-        at_least(self, 2, "conv_size")
-        if self.hv < 1 or self.hv % self.heads:
-            raise ValueError(f"GatedDeltaProduct: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
-        if self.v < 1 or self.v != self.head_dim * self.expand_v:
-            width = f"{self.head_dim} * {self.expand_v}"
-            raise ValueError(
-                f"GatedDeltaProduct: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole"
-            )
+        super().__post_init__()
+        at_least(self, 1, "num_householder")
 
     @property
     def own(self) -> tuple[str, ...]:
         return ("w_k", "w_v", "w_a", "w_b") if self.use_forget_gate else ("w_k", "w_v", "w_b")
 
     @property
-    def hv(self) -> int:
-        """Value heads."""
-        return self.heads if self.v_heads is None else self.v_heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.head_dim * self.expand_v)
-
-    @property
     def qkv(self) -> tuple[int, int, int]:
         """Widths of q, and of k and v for all writes of a token."""
-        n, k = self.num_householder, self.heads * self.head_dim
-        return k, n * k, n * self.hv * self.v
+        q, k, v = super().qkv
+        return q, self.num_householder * k, self.num_householder * v
 
     def param_specs(self):
-        d, (q, k, v), hv, n, o = self.dim, self.qkv, self.hv, self.num_householder, self.hv * self.v
+        d, hv = self.dim, self.hv
         forget = {
             "w_a": dense(d, hv, kind="gate"),
             "A_log": Param((hv,), ("heads",), log_rate(1e-4), "gate"),
             "dt_bias": Param((hv,), ("heads",), inverse_softplus_of_dt, "gate"),
         }
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
-            "w_b": dense(d, n * hv, kind="gate"),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
             **(forget if self.use_forget_gate else {}),
-            **({"w_g": dense(d, o)} if self.use_gate else {}),
-            "w_o": dense(o, d, ("heads", "model")),
-            "conv": conv_weight(self.conv_size, q + k + v),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+            "w_b": dense(d, self.num_householder * hv, kind="gate"),
+            **({"w_g": dense(d, hv * self.v)} if self.use_gate else {}),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(GatedDeltaProductState, S=S, conv=conv)
+        return specs(GatedDeltaProductState, **self.slots(batch))
 
     def tensors(self):
         forget = {"w_a": matrix("a_proj.weight"), "A_log": same("A_log"), "dt_bias": same("dt_bias")}
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
-            "w_b": matrix("b_proj.weight"),
+            **super().tensors(),
             **(forget if self.use_forget_gate else {}),
+            "w_b": matrix("b_proj.weight"),
             **({"w_g": matrix("g_proj.weight")} if self.use_gate else {}),
-            "w_o": matrix("o_proj.weight"),
-            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
             "norm": same("o_norm.weight"),
         }
 

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import GroupedValues
 from memjax.layers import gate, heads, l2_norm, linear, row
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output, inverse_softplus_of_dt, log_rate
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, Param, constant, dense, specs
+from memjax.recurrence import convolved, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import matrix, same
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -41,101 +42,62 @@ class GatedDeltaNet2State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet2(Recurrence):
+class GatedDeltaNet2(GroupedValues):
     """Gated DeltaNet-2 over x [b, t, dim].
 
-    heads: query and key heads, with their decays and erase gates. v_heads: value heads with their write gates, a
-    multiple of `heads` (None: as many); value head j reads with key head j // (v_heads / heads), and each has its own
-    state [head_dim, head_dim * expand_v]. conv_size: width of the causal convolution on q, k and v. allow_neg_eigval:
-    the erase gate runs from 0 to 2 instead of 1, so that a write can flip an association. lower_bound: the least log
-    decay, from -5 to 0, approached by a sigmoid (None: a softplus, without a bound).
+    heads, v_heads, head_dim, expand_v, conv_size: those of `GroupedValues`; decays and erase gates belong to the key
+    heads, write gates to the value heads. allow_neg_eigval: the erase gate runs from 0 to 2 instead of 1, so that a
+    write can flip an association. lower_bound: the least log decay, from -5 to 0, approached by a sigmoid (None: a
+    softplus, without a bound).
     """
 
-    dim: int
     heads: int = 16
-    v_heads: int | None = None
     head_dim: int = 128
     expand_v: float = 1.0
-    conv_size: int = 4
     allow_neg_eigval: bool = False
     lower_bound: float | None = None
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_f1", "w_f2", "w_b", "w_w")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "head_dim")
-        at_least(self, 2, "conv_size")
-        if self.hv < 1 or self.hv % self.heads:
-            raise ValueError(f"GatedDeltaNet2: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
-        if self.v < 1 or self.v != self.head_dim * self.expand_v:
-            width = f"{self.head_dim} * {self.expand_v}"
-            raise ValueError(
-                f"GatedDeltaNet2: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole"
-            )
+        super().__post_init__()
         if self.lower_bound is not None and not -5 <= self.lower_bound < 0:
             raise ValueError(
                 f"GatedDeltaNet2: lower_bound is {self.lower_bound}, needs a log decay of at least -5 and below 0"
             )
 
-    @property
-    def hv(self) -> int:
-        """Value heads."""
-        return self.heads if self.v_heads is None else self.v_heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.head_dim * self.expand_v)
-
-    @property
-    def qkv(self) -> tuple[int, int, int]:
-        """Widths of q, k and v."""
-        return self.heads * self.head_dim, self.heads * self.head_dim, self.hv * self.v
-
     def param_specs(self):
-        d, (q, k, v), low = self.dim, self.qkv, self.v
+        d, (_, k, v), low = self.dim, self.qkv, self.v
         A_log = log_rate() if self.lower_bound is None else constant(0)
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
+            "w_b": dense(d, k, kind="gate"),
+            "w_w": dense(d, v, kind="gate"),
             "w_f1": dense(d, low, ("model", None), "gate"),
             "w_f2": dense(low, k, (None, "heads"), "gate"),
             "A_log": Param((self.heads,), ("heads",), A_log, "gate"),
             "dt_bias": Param((k,), ("heads",), inverse_softplus_of_dt, "gate"),
-            "w_b": dense(d, k, kind="gate"),
-            "w_w": dense(d, v, kind="gate"),
             "w_g1": dense(d, low, ("model", None)),
             "w_g2": dense(low, v, (None, "heads")),
             "b_g": Param((v,), ("heads",), constant(0), "vector"),
-            "w_o": dense(v, d, ("heads", "model")),
-            "conv": conv_weight(self.conv_size, q + k + v),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(GatedDeltaNet2State, S=S, conv=conv)
+        return specs(GatedDeltaNet2State, **self.slots(batch))
 
     def tensors(self):
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
+            **super().tensors(),
+            "w_b": matrix("b_proj.weight"),
+            "w_w": matrix("w_proj.weight"),
             "w_f1": matrix("f_proj.0.weight"),
             "w_f2": matrix("f_proj.1.weight"),
             "A_log": same("A_log"),
             "dt_bias": same("dt_bias"),
-            "w_b": matrix("b_proj.weight"),
-            "w_w": matrix("w_proj.weight"),
             "w_g1": matrix("g_proj.0.weight"),
             "w_g2": matrix("g_proj.1.weight"),
             "b_g": same("g_proj.1.bias"),
-            "w_o": matrix("o_proj.weight"),
-            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
             "norm": same("o_norm.weight"),
         }
 

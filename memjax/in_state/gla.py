@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import GroupedQueries
 from memjax.layers import gate, heads, linear
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, Param, at_least, constant, dense, specs
+from memjax.recurrence import convolved, gated_output
+from memjax.tensors import matrix, same
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -39,20 +40,17 @@ class GatedLinearAttentionState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedLinearAttention(Recurrence):
+class GatedLinearAttention(GroupedQueries):
     """Gated linear attention over x [b, t, dim].
 
-    kv_heads: heads of k, v and the decay, a divisor of `heads` (None: as many); query head j reads kv head
-    j // (heads / kv_heads). Keys have dim * expand_k channels over all `heads`, values dim * expand_v.
+    heads, kv_heads, expand_k, expand_v: those of `GroupedQueries`; decays belong to the heads of k and v.
     gate_low_rank_dim: rank of the projection to the decay. gate_logit_normalizer divides the log decay: 16 puts fresh
     decays near 0.96. clamp_min: the least log decay (None: no limit).
     use_short_conv: q, k and v pass a causal convolution of width conv_size and silu. use_gate: the output is multiplied
     by silu(x W_g).
     """
 
-    dim: int
     heads: int = 4
-    kv_heads: int | None = None
     expand_k: float = 0.5
     expand_v: float = 1.0
     gate_low_rank_dim: int = 16
@@ -61,97 +59,46 @@ class GatedLinearAttention(Recurrence):
     use_short_conv: bool = False
     conv_size: int = 4
     use_gate: bool = True
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_gk1", "w_gk2", "b_gk")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "gate_low_rank_dim")
+        super().__post_init__()
+        at_least(self, 1, "gate_low_rank_dim")
         at_least(self, 2, "conv_size")
-        for name in ("expand_k", "expand_v"):
-            width = self.dim * getattr(self, name)
-            if width < 1 or width % self.heads:
-                raise ValueError(
-                    f"GatedLinearAttention: {name} is {getattr(self, name)}, needs dim * {name} (here {width:g}) "
-                    f"to be a multiple of heads = {self.heads}"
-                )
-        if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(
-                f"GatedLinearAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}"
-            )
         if self.gate_logit_normalizer <= 0:
             raise ValueError(f"GatedLinearAttention: gate_logit_normalizer is {self.gate_logit_normalizer}, needs > 0")
         if self.clamp_min is not None and self.clamp_min > 0:
             raise ValueError(f"GatedLinearAttention: clamp_min is {self.clamp_min}, needs a log decay <= 0")
 
-    @property
-    def hkv(self) -> int:
-        """Heads of k and v."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def k(self) -> int:
-        """Width of a key head."""
-        return int(self.dim * self.expand_k) // self.heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.dim * self.expand_v) // self.heads
-
-    @property
-    def qkv(self) -> tuple[int, int, int]:
-        """Widths of q, k and v."""
-        return self.heads * self.k, self.hkv * self.k, self.hkv * self.v
-
     def param_specs(self):
-        d, (q, k, v), low, o = self.dim, self.qkv, self.gate_low_rank_dim, self.heads * self.v
-        w_g = {"w_g": dense(d, o)} if self.use_gate else {}
+        d, k, low = self.dim, self.hkv * self.k, self.gate_low_rank_dim
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
-            **w_g,
-            "w_o": dense(o, d, ("heads", "model")),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
             "w_gk1": dense(d, low, ("model", None), "gate"),
             "w_gk2": dense(low, k, (None, "heads"), "gate"),
             "b_gk": Param((k,), ("heads",), constant(0), "gate"),
-            **({"conv": conv_weight(self.conv_size, q + k + v)} if self.use_short_conv else {}),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+            **({"w_g": dense(d, self.heads * self.v)} if self.use_gate else {}),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.heads, self.k, self.v), ("batch", "heads", "key", "value"))
-        if not self.use_short_conv:
-            return specs(GatedLinearAttentionState, S=S)
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(GatedLinearAttentionState, S=S, conv=conv)
+        return specs(GatedLinearAttentionState, **self.slots(batch))
 
     def tensors(self):
-        conv = depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True)))
-        w_g = {"w_g": matrix("g_proj.weight")} if self.use_gate else {}
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
-            **w_g,
-            "w_o": matrix("o_proj.weight"),
+            **super().tensors(),
             "w_gk1": matrix("gk_proj.0.weight"),
             "w_gk2": matrix("gk_proj.1.weight"),
             "b_gk": same("gk_proj.1.bias"),
-            **({"conv": conv} if self.use_short_conv else {}),
+            **({"w_g": matrix("g_proj.weight")} if self.use_gate else {}),
             "norm": same("g_norm_swish_gate.weight" if self.use_gate else "g_norm.weight"),
         }
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
         masks: dict[str, Any] = {"valid": valid, "start": start}
         # q, k, v = x W, without an activation, or silu(conv(x W))
-        names, conv = ("w_q", "w_k", "w_v"), state.conv
-        if self.use_short_conv:
-            (q, k, v), conv = convolved(params, names, conv, x, **masks, how=how)
-        else:
-            q, k, v = (linear(x, params[w]) for w in names)
+        (q, k, v), conv = convolved(params, ("w_q", "w_k", "w_v"), state.conv, x, **masks, how=how)
         # g = logsigmoid(x W_gk1 W_gk2 + b) / 16, in float32
         logits = gate(linear(x, params["w_gk1"]), params["w_gk2"], params["b_gk"])
         log_decay = jax.nn.log_sigmoid(logits) / self.gate_logit_normalizer

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import gate, heads, linear, merge, row, wide
+from memjax.layers import gate, heads, linear, merge, wide
 from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output
+from memjax.recurrence import LowerBounded, conv_weight, convolved, gated_output
 from memjax.tensors import depthwise, matrix, same
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
@@ -39,20 +38,15 @@ class HGRN2State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HGRN2(Recurrence):
+class HGRN2(LowerBounded):
     """HGRN2 over x [b, t, dim].
 
-    expand_ratio: width of a key and of a value; there are dim / expand_ratio heads. layer, layers: this is number
-    `layer`, counted from 0, of the HGRN2 layers of a model. With more than one the bounds of all of them are one
-    parameter: layer 0 has it, "lower_bounds" [layers, dim], and hands the cumulated bounds on as the stream
-    "lower_bounds", of which each layer above reads its row; so the layers stand in a `Stack`, not in a `Repeat`. A
-    single layer has no bound. use_short_conv: q, f and i pass a causal convolution of width conv_size.
+    expand_ratio: width of a key and of a value; there are dim / expand_ratio heads. layer, layers: which of the HGRN2
+    layers of a model this is, for the bounds that they share (`LowerBounded`). use_short_conv: q, f and i pass a causal
+    convolution of width conv_size.
     """
 
-    dim: int
     expand_ratio: int = 128
-    layer: int = 0
-    layers: int = 1
     use_short_conv: bool = False
     conv_size: int = 4
     norm_eps: float = 1e-5
@@ -61,22 +55,16 @@ class HGRN2(Recurrence):
     own: ClassVar[tuple[str, ...]] = ("w_f", "w_i")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "expand_ratio", "layers")
+        super().__post_init__()
+        at_least(self, 1, "expand_ratio")
         at_least(self, 2, "conv_size")
         if self.dim % self.expand_ratio:
             raise ValueError(f"HGRN2: expand_ratio is {self.expand_ratio}, needs a divisor of dim = {self.dim}")
-        if not 0 <= self.layer < self.layers:
-            raise ValueError(f"HGRN2: layer is {self.layer}, needs 0 to layers - 1 = {self.layers - 1}")
 
     @property
-    def streams(self) -> bool:
-        """Whether there are other layers to share bounds with."""
-        return self.layers > 1
-
-    @property
-    def has_bounds(self) -> bool:
-        """Whether the bounds of all layers are its parameter."""
-        return self.streams and self.layer == 0
+    def d(self) -> int:
+        """Key channels of all heads."""
+        return self.dim
 
     @property
     def heads(self) -> int:
@@ -86,17 +74,13 @@ class HGRN2(Recurrence):
     def param_specs(self):
         d = self.dim
         return {
+            **super().param_specs(),  # lower_bounds
             "w_q": dense(d, d),
             "w_f": dense(d, d, kind="gate"),
             "w_i": dense(d, d),
             "w_o": dense(d, d, ("heads", "model")),
             **({"conv": conv_weight(self.conv_size, 3 * d)} if self.use_short_conv else {}),
             "norm": Param((d,), ("heads",), constant(1), "vector"),
-            **(
-                {"lower_bounds": Param((self.layers, d), (None, "heads"), constant(0), "gate")}
-                if self.has_bounds
-                else {}
-            ),
         }
 
     def state_specs(self, batch):
@@ -109,40 +93,16 @@ class HGRN2(Recurrence):
     def tensors(self):
         conv = depthwise(*((f"{n}_conv1d.weight", self.dim) for n in "qfi"))
         return {
+            **super().tensors(),
             "w_q": matrix("q_proj.weight"),
             "w_f": matrix("f_proj.weight"),
             "w_i": matrix("i_proj.weight"),
             "w_o": matrix("o_proj.weight"),
             **({"conv": conv} if self.use_short_conv else {}),
             "norm": same("g_norm.weight"),
-            **({"lower_bounds": same("lower_bounds")} if self.has_bounds else {}),
         }
 
-    def apply(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
-        if not self.streams:
-            return super().apply(params, state, x, valid=valid, start=start, how=how)
-        flow, x = x, x.x
-        if self.has_bounds:
-            gam = jax.nn.softmax(wide(params["lower_bounds"]), 0)
-            bounds = jnp.cumsum(gam, 0) - gam[:1]
-        else:
-            bounds = flow.take("lower_bounds", self)
-        o, state = self.recall(
-            params, state, x, valid=valid, start=start, how=how, lower_bound=bounds[self.layer] if self.layer else None
-        )
-        return flow.hand(self.output(params, o, x), lower_bounds=bounds), state
-
-    def recall(
-        self,
-        params,
-        state,
-        x,
-        *,
-        valid=None,
-        start=None,
-        how: How = How(),
-        lower_bound: Float[Array, " d"] | None = None,
-    ):
+    def recall(self, params, state, x, *, valid=None, start=None, how: How = How(), lower_bound=None):
         masks: dict[str, Any] = {"valid": valid, "start": start}
         # q = silu(x W_q), the logits of f = x W_f, v = x W_i; or conv(x W)
         conv = state.conv
@@ -150,21 +110,12 @@ class HGRN2(Recurrence):
             (q, logits, v), conv = convolved(params, ("w_q", "w_f", "w_i"), conv, x, **masks, activation=None, how=how)
         else:
             q, logits, v = linear(x, params["w_q"]), gate(x, params["w_f"]), linear(x, params["w_i"])
-        log_f, k = self._forget(wide(logits), lower_bound)
+        log_f, k = self.forget(wide(logits), lower_bound)
         # S_t = diag(f) S_{t-1} + (1 - f) v^T, o = k**-0.5 S^T q
         q = jax.nn.silu(q) * self.expand_ratio**-0.5
         q, k, v, log_f = (heads(a, self.heads) for a in (q, k.astype(x.dtype), v, log_f))
         o, S = linear_attention(q, k, v, log_f, initial_state=state.S, **masks, implementation=how.implementation)
         return o, HGRN2State(S, conv)
-
-    def _forget(self, logits: Float[Array, "b t d"], lower_bound: Float[Array, " d"] | None):
-        """log f and 1 - f, each from the logits: neither loses its digits where the other is near 0."""
-        if lower_bound is None:
-            if self.layer:
-                raise ValueError(f"HGRN2: lower_bound is None, layer {self.layer} needs [{self.dim}]")
-            return jax.nn.log_sigmoid(logits), jax.nn.sigmoid(-logits)
-        lb = row(lower_bound, logits)
-        return jnp.log(lb + (1 - lb) * jax.nn.sigmoid(logits)), (1 - lb) * jax.nn.sigmoid(-logits)
 
     def output(self, params, o, x):
         # y = W_o RMSNorm(o), the norm over the heads together

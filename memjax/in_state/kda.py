@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import GroupedValues
 from memjax.layers import gate, heads, l2_norm, linear, row
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output, inverse_softplus_of_dt, log_rate
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, Param, constant, dense, specs
+from memjax.recurrence import convolved, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import matrix, same
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -40,62 +41,33 @@ class KDAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class KDA(Recurrence):
+class KDA(GroupedValues):
     """Kimi Delta Attention over x [b, t, dim].
 
-    heads: query and key heads. v_heads: value heads, a multiple of `heads` (None: as many); value head j reads with
-    key head j // (v_heads / heads), and has decays, a beta and a state [head_dim, head_dim * expand_v] of its own.
-    conv_size: width of the causal convolution on q, k and v. allow_neg_eigval: beta runs from 0 to 2 instead of 1, so
-    that a write can flip an association. lower_bound: the least log decay, from -5 to 0, approached by a sigmoid
-    (None: a softplus, without a bound).
+    heads, v_heads, head_dim, expand_v, conv_size: those of `GroupedValues`; each value head has decays and a beta of
+    its own. allow_neg_eigval: beta runs from 0 to 2 instead of 1, so that a write can flip an association. lower_bound:
+    the least log decay, from -5 to 0, approached by a sigmoid (None: a softplus, without a bound).
     """
 
-    dim: int
     heads: int = 16
-    v_heads: int | None = None
     head_dim: int = 128
     expand_v: float = 1.0
-    conv_size: int = 4
     allow_neg_eigval: bool = False
     lower_bound: float | None = None
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_f1", "w_f2", "w_b")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "head_dim")
-        at_least(self, 2, "conv_size")
-        if self.hv < 1 or self.hv % self.heads:
-            raise ValueError(f"KDA: v_heads is {self.v_heads}, needs a multiple of heads = {self.heads}")
-        if self.v < 1 or self.v != self.head_dim * self.expand_v:
-            width = f"{self.head_dim} * {self.expand_v}"
-            raise ValueError(f"KDA: expand_v is {self.expand_v}, needs head_dim * expand_v = {width} to be whole")
+        super().__post_init__()
         if self.lower_bound is not None and not -5 <= self.lower_bound < 0:
             raise ValueError(f"KDA: lower_bound is {self.lower_bound}, needs a log decay of at least -5 and below 0")
 
-    @property
-    def hv(self) -> int:
-        """Value heads."""
-        return self.heads if self.v_heads is None else self.v_heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.head_dim * self.expand_v)
-
-    @property
-    def qkv(self) -> tuple[int, int, int]:
-        """Widths of q, k and v."""
-        return self.heads * self.head_dim, self.heads * self.head_dim, self.hv * self.v
-
     def param_specs(self):
-        d, (q, k, v), hv, low, f = self.dim, self.qkv, self.hv, self.v, self.hv * self.head_dim
+        d, hv, low, f, v = self.dim, self.hv, self.v, self.hv * self.head_dim, self.hv * self.v
         A_log = log_rate() if self.lower_bound is None else constant(0)
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
             "w_f1": dense(d, low, ("model", None), "gate"),
             "w_f2": dense(low, f, (None, "heads"), "gate"),
             "A_log": Param((hv,), ("heads",), A_log, "gate"),
@@ -104,21 +76,14 @@ class KDA(Recurrence):
             "w_g1": dense(d, low, ("model", None)),
             "w_g2": dense(low, v, (None, "heads")),
             "b_g": Param((v,), ("heads",), constant(0), "vector"),
-            "w_o": dense(v, d, ("heads", "model")),
-            "conv": conv_weight(self.conv_size, q + k + v),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.hv, self.head_dim, self.v), ("batch", "heads", "key", "value"))
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(KDAState, S=S, conv=conv)
+        return specs(KDAState, **self.slots(batch))
 
     def tensors(self):
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
+            **super().tensors(),
             "w_f1": matrix("f_proj.0.weight"),
             "w_f2": matrix("f_proj.1.weight"),
             "A_log": same("A_log"),
@@ -127,8 +92,6 @@ class KDA(Recurrence):
             "w_g1": matrix("g_proj.0.weight"),
             "w_g2": matrix("g_proj.1.weight"),
             "b_g": same("g_proj.1.bias"),
-            "w_o": matrix("o_proj.weight"),
-            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
             "norm": same("o_norm.weight"),
         }
 

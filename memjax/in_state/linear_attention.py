@@ -27,9 +27,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import GroupedQueries
 from memjax.layers import gate, heads, linear, wide
 from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, gated_output
+from memjax.recurrence import gated_output
 from memjax.tensors import matrix, same
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
@@ -54,19 +55,16 @@ class LinearAttentionState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearAttention(Recurrence):
+class LinearAttention(GroupedQueries):
     """Linear attention over x [b, t, dim].
 
-    kv_heads: heads of k and v, a divisor of `heads` (None: as many); query head j reads kv head
-    j // (heads / kv_heads). Keys have dim * expand_k channels over all `heads`, values dim * expand_v. feature_map: one
-    of MAPS, applied to q and k of each head; what it learns is common to the heads. nu: rolls of dpfp. normalize: the
-    output is an average of the past values, weighted by products of features, which then must not be negative; where
-    all are 0 (possible with relu, t2r and dpfp) it is 0. norm_q, norm_k: features are divided by their sum + 1e-4.
+    heads, kv_heads, expand_k, expand_v: those of `GroupedQueries`. feature_map: one of MAPS, applied to q and k of each
+    head; what it learns is common to the heads. nu: rolls of dpfp. normalize: the output is an average of the past
+    values, weighted by products of features, which then must not be negative; where all are 0 (possible with relu, t2r
+    and dpfp) it is 0. norm_q, norm_k: features are divided by their sum + 1e-4.
     """
 
-    dim: int
     heads: int = 4
-    kv_heads: int | None = None
     expand_k: float = 1.0
     expand_v: float = 1.0
     feature_map: str = "elementwise_product"
@@ -74,22 +72,14 @@ class LinearAttention(Recurrence):
     normalize: bool = False
     norm_q: bool = False
     norm_k: bool = False
-    norm_eps: float = 1e-5
 
+    use_short_conv: ClassVar[bool] = False
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "nu")
-        for name in ("expand_k", "expand_v"):
-            width = self.dim * getattr(self, name)
-            if width < 1 or width % self.heads:
-                raise ValueError(
-                    f"LinearAttention: {name} is {getattr(self, name)}, needs dim * {name} (here {width:g}) "
-                    f"to be a multiple of heads = {self.heads}"
-                )
-        if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(f"LinearAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
+        super().__post_init__()
+        at_least(self, 1, "nu")
         if self.feature_map not in MAPS:
             raise ValueError(f"LinearAttention: feature_map is {self.feature_map!r}, needs one of {', '.join(MAPS)}")
         if self.normalize and self.feature_map in SIGNED:
@@ -99,47 +89,26 @@ class LinearAttention(Recurrence):
             )
 
     @property
-    def hkv(self) -> int:
-        """Heads of k and v."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def k(self) -> int:
-        """Width of a key head, before the feature map."""
-        return int(self.dim * self.expand_k) // self.heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.dim * self.expand_v) // self.heads
-
-    @property
     def features(self) -> int:
         """Features of a key head: rows of the state."""
         return self.k * {"hedgehog": 2, "dpfp": 2 * self.nu}.get(self.feature_map, 1)
 
+    @property
+    def S_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.features, self.v
+
     def param_specs(self):
-        d, h, hkv, k, v = self.dim, self.heads, self.hkv, self.k, self.v
+        k = self.k
         square = Param((k, k), ("key", None), lambda key, shape: jnp.eye(*shape, dtype=jnp.float32))
         w = square if self.feature_map == "hedgehog" else dense(k, k, ("key", None))
         bias = Param((k,), (None,), constant(0), "vector")
         maps = {f"{letter}_{n}": w for n in "qk" for letter, _, _ in MAPS[self.feature_map]}
         biases = {f"{letter.lower()}_{n}": bias for n in "qk" for letter, _, biased in MAPS[self.feature_map] if biased}
-        return {
-            "w_q": dense(d, h * k),
-            "w_k": dense(d, hkv * k),
-            "w_v": dense(d, hkv * v),
-            "w_o": dense(h * v, d, ("heads", "model")),
-            **maps,
-            **biases,
-            "norm": Param((v,), ("value",), constant(1), "vector"),
-        }
+        return {**super().param_specs(), **maps, **biases}
 
     def state_specs(self, batch):
-        S = Slot((batch, self.heads, self.features, self.v), ("batch", "heads", "key", "value"))
-        if not self.normalize:
-            return specs(LinearAttentionState, S=S)
-        return specs(LinearAttentionState, S=S, z=Slot(S.shape[:3], ("batch", "heads", "key")))
+        z = Slot((batch, self.heads, self.features), ("batch", "heads", "key"))
+        return specs(LinearAttentionState, **self.slots(batch), **({"z": z} if self.normalize else {}))
 
     def tensors(self):
         maps = {}
@@ -147,14 +116,7 @@ class LinearAttention(Recurrence):
             for letter, layer, biased in MAPS[self.feature_map]:
                 maps[f"{letter}_{n}"] = matrix(f"feature_map_{n}.{layer}.weight")
                 maps |= {f"{letter.lower()}_{n}": same(f"feature_map_{n}.{layer}.bias")} if biased else {}
-        return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
-            "w_o": matrix("o_proj.weight"),
-            **maps,
-            "norm": same("norm.weight"),
-        }
+        return {**super().tensors(), **maps, "norm": same("norm.weight")}
 
     def phi(self, params: dict, n: str, x: Float[Array, "b t h d"]) -> Float[Array, "b t h k"]:
         """The features of x, which is the q or the k (`n`) of each head."""

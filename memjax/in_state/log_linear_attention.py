@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from memjax.layers import beside, gate, heads, linear, merge, positions, rms_norm, row, scan_tokens, short_conv, wide
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, inverse_softplus_of_dt, log_rate
-from memjax.tensors import depthwise, matrix, same
+from memjax.layers import beside, heads, positions, row, scan_tokens, wide
+from memjax.memory import How, Param, Slot, at_least, constant, specs
+from memjax.state_space import StateSpaceHeads
+from memjax.tensors import same
 from pallas_kernels import chunks, dispatch
 from pallas_kernels.compat import match_varying
 from pallas_kernels.scan import only
@@ -46,38 +46,23 @@ class LogLinearAttentionState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LogLinearAttention(Recurrence):
+class LogLinearAttention(StateSpaceHeads):
     """Log-linear attention over x [b, t, dim].
 
     max_length: a power of two, tokens that are told apart by distance; beyond them the last level holds the rest.
-    expand * dim channels stand in heads of width head_dim. state_size: n, rows of a state. groups: of B and C, a
-    divisor of the heads; head h reads group h // (heads / groups), and the output is normalised over each group.
-    conv_size: width of the causal convolution on x, B and C.
+    expand, head_dim, state_size, groups, conv_size: those of `StateSpaceHeads`.
     """
 
-    dim: int
     max_length: int = 16384
-    expand: int = 2
-    head_dim: int = 64
-    state_size: int = 128
-    groups: int = 1
-    conv_size: int = 4
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = ("reference", "xla")
     own: ClassVar[tuple[str, ...]] = ("w_in", "dt_bias", "A_log", "L")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "expand", "head_dim", "state_size", "groups")
-        at_least(self, 2, "conv_size", "max_length")
+        super().__post_init__()
+        at_least(self, 2, "max_length")
         if self.max_length & (self.max_length - 1):
             raise ValueError(f"LogLinearAttention: max_length is {self.max_length}, needs a power of two")
-        if self.d_inner % self.head_dim:
-            raise ValueError(
-                f"LogLinearAttention: head_dim is {self.head_dim}, needs a divisor of expand * dim = {self.d_inner}"
-            )
-        if self.heads % self.groups:
-            raise ValueError(f"LogLinearAttention: groups is {self.groups}, needs a divisor of the heads, {self.heads}")
 
     @property
     def levels(self) -> int:
@@ -85,33 +70,13 @@ class LogLinearAttention(Recurrence):
         return self.max_length.bit_length()
 
     @property
-    def d_inner(self) -> int:
-        """Channels of x and z."""
-        return self.expand * self.dim
-
-    @property
-    def heads(self) -> int:
-        """Heads of width head_dim."""
-        return self.d_inner // self.head_dim
-
-    @property
-    def xBC(self) -> tuple[int, int, int]:
-        """Widths of x, B and C."""
-        return self.d_inner, self.groups * self.state_size, self.groups * self.state_size
+    def gates(self) -> int:
+        """Columns of dt and dl."""
+        return self.heads * (1 + self.levels)
 
     def param_specs(self):
-        d, h, c = self.d_inner, self.heads, sum(self.xBC)
-        return {
-            "w_in": dense(self.dim, d + c + h + h * self.levels),  # z, x, B, C, dt, dl in this order
-            "conv": conv_weight(self.conv_size, c),
-            "conv_bias": Param((c,), (None,), constant(0), "vector"),
-            "dt_bias": Param((h,), ("heads",), inverse_softplus_of_dt, "gate"),
-            "A_log": Param((h,), ("heads",), log_rate(), "gate"),
-            "L": Param((h, self.levels), ("heads", None), constant(1), "gate"),
-            "D": Param((h,), ("heads",), constant(1), "vector"),
-            "norm": Param((d,), ("heads",), constant(1), "vector"),
-            "w_out": dense(d, self.dim, ("heads", "model")),
-        }
+        L = Param((self.heads, self.levels), ("heads", None), constant(1), "gate")
+        return {**super().param_specs(), "L": L}
 
     def state_specs(self, batch):
         S = (batch, self.levels - 1, self.heads, self.state_size, self.head_dim)
@@ -119,39 +84,29 @@ class LogLinearAttention(Recurrence):
             LogLinearAttentionState,
             S=Slot(S, ("batch", None, "heads", "key", "value")),
             count=Slot((batch,), ("batch",), jnp.int32),
-            conv=Slot((batch, self.conv_size - 1, sum(self.xBC)), ("batch", None, None)),
+            conv=self.conv_slot(batch),
         )
 
     def tensors(self):
-        names = {n: same(n) for n in ("dt_bias", "A_log", "L", "D")}
-        conv = {"conv": depthwise("conv1d.weight"), "conv_bias": same("conv1d.bias"), "norm": same("norm.weight")}
-        return {"w_in": matrix("in_proj.weight"), "w_out": matrix("out_proj.weight"), **conv, **names}
+        return {**super().tensors(), "L": same("L")}
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
-        masks: dict[str, Any] = {"valid": valid, "start": start, "implementation": how.implementation}
-        (d, n, _), h, w = self.xBC, self.heads, params["w_in"]
-        u, bias, of_gates = x, params["conv_bias"], d + sum(self.xBC)
+        masks: dict[str, Any] = {"valid": valid, "start": start}
+        h = self.heads
         # z; x, B, C = silu(conv(u W) + bias)
-        z, rows = jnp.split(linear(u, w[:, :of_gates]), [d], -1)
-        rows, conv = short_conv(rows, params["conv"], state.conv, bias=bias, activation="silu", **masks)
-        x, B, C = jnp.split(rows, [d, d + n], -1)
-        x = heads(x, h)
-        k, q = (jnp.repeat(heads(a, self.groups), h // self.groups, 2) for a in (B, C))
+        (z, x, B, C), gates, conv = self.projected(params, state.conv, x, **masks, how=how)
+        k, q = (jnp.repeat(a, h // self.groups, 2) for a in (B, C))
         # dt = softplus(u W + dt_bias), g = -exp(A_log) dt, lam = softplus(L * u W), in float32
-        dt, dl = jnp.split(gate(u, w[:, of_gates:]), [h], -1)
+        dt, dl = jnp.split(gates, [h], -1)
         dt, dl = jax.nn.softplus(dt + row(params["dt_bias"], dt)), heads(dl, h)
         log_decay, lam = -jnp.exp(row(params["A_log"], dt)) * dt, jax.nn.softplus(row(params["L"], dl) * dl)
         # o_t = sum_s lam_{t, level(t, s)} e^G (q_t . k_s) v_s, and D x beside it
         v = dt[..., None] * wide(x)
-        o, S, count = log_linear_attention(q, k, v, log_decay, lam, state.S, state.count, **masks)
+        o, S, count = log_linear_attention(
+            q, k, v, log_decay, lam, state.S, state.count, **masks, implementation=how.implementation
+        )
         o = o.astype(x.dtype) + row(params["D"][:, None], x) * x
-        return o * jax.nn.silu(heads(z, h)), LogLinearAttentionState(S, count, conv)
-
-    def output(self, params, o, x):
-        # y = W_out RMSNorm(o), the norm over each group, after the gate
-        grouped, weight = heads(merge(o), self.groups), params["norm"].reshape(self.groups, -1)
-        y = jax.vmap(lambda a, w: rms_norm(a, w, self.norm_eps), (2, 0), 2)(grouped, weight)
-        return linear(merge(y), params["w_out"])
+        return o * jax.nn.silu(z), LogLinearAttentionState(S, count, conv)
 
 
 def log_linear_attention(

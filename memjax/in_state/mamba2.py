@@ -24,10 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from memjax.layers import gate, heads, linear, merge, rms_norm, row, short_conv, wide
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, inverse_softplus_of_dt, log_rate
-from memjax.tensors import depthwise, matrix, same
+from memjax.layers import row, wide
+from memjax.memory import How, Slot, specs
+from memjax.state_space import StateSpaceHeads
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -39,111 +38,38 @@ class Mamba2State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mamba2(Recurrence):
+class Mamba2(StateSpaceHeads):
     """Mamba-2 over x [b, t, dim].
 
-    expand * dim channels stand in heads of width head_dim. state_size: n, rows of the state. groups: of B and C, a
-    divisor of the heads; head h reads group h // (heads / groups), and the output is normalised over each group.
-    conv_size: width of the causal convolution on x, B and C. dt_limit: least and largest dt (None: no limit).
+    expand, head_dim, state_size, groups, conv_size: those of `StateSpaceHeads`. dt_limit: least and largest dt (None:
+    no limit).
     """
 
-    dim: int
-    expand: int = 2
-    head_dim: int = 64
-    state_size: int = 128
-    groups: int = 1
-    conv_size: int = 4
     dt_limit: tuple[float, float | None] = (0.0, None)
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_in", "dt_bias", "A_log")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "expand", "head_dim", "state_size", "groups")
-        at_least(self, 2, "conv_size")
-        if self.d_inner % self.head_dim:
-            raise ValueError(
-                f"Mamba2: head_dim is {self.head_dim}, needs a divisor of expand * dim = {self.expand * self.dim}"
-            )
-        if self.heads % self.groups:
-            raise ValueError(f"Mamba2: groups is {self.groups}, needs a divisor of the heads, {self.heads}")
+        super().__post_init__()
         least, most = self.dt_limit
         if least < 0 or (most is not None and most < least):
             raise ValueError(f"Mamba2: dt_limit is {self.dt_limit}, needs 0 <= least <= largest")
 
-    @property
-    def d_inner(self) -> int:
-        """Channels of x and z."""
-        return self.expand * self.dim
-
-    @property
-    def heads(self) -> int:
-        """Heads of width head_dim."""
-        return self.d_inner // self.head_dim
-
-    @property
-    def xBC(self) -> tuple[int, int, int]:
-        """Widths of x, B and C."""
-        return self.d_inner, self.groups * self.state_size, self.groups * self.state_size
-
-    def param_specs(self):
-        d, h, c = self.d_inner, self.heads, sum(self.xBC)
-        return {
-            "w_in": dense(self.dim, d + c + h),  # z, x, B, C, dt in this order, one matrix as in checkpoints
-            "conv": conv_weight(self.conv_size, c),
-            "conv_bias": Param((c,), (None,), constant(0), "vector"),
-            "dt_bias": Param((h,), ("heads",), inverse_softplus_of_dt, "gate"),
-            "A_log": Param((h,), ("heads",), log_rate(), "gate"),
-            "D": Param((h,), ("heads",), constant(1), "vector"),
-            "norm": Param((d,), ("heads",), constant(1), "vector"),
-            "w_out": dense(d, self.dim, ("heads", "model")),
-        }
-
     def state_specs(self, batch):
         S = Slot((batch, self.heads, self.state_size, self.head_dim), ("batch", "heads", "key", "value"))
-        conv = Slot((batch, self.conv_size - 1, sum(self.xBC)), ("batch", None, None))
-        return specs(Mamba2State, S=S, conv=conv)
-
-    def tensors(self):
-        return {
-            "w_in": matrix("in_proj.weight"),
-            "conv": depthwise("conv1d.weight"),
-            "conv_bias": same("conv1d.bias"),
-            "dt_bias": same("dt_bias"),
-            "A_log": same("A_log"),
-            "D": same("D"),
-            "norm": same("norm.weight"),
-            "w_out": matrix("out_proj.weight"),
-        }
+        return specs(Mamba2State, S=S, conv=self.conv_slot(batch))
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
         masks: dict[str, Any] = {"valid": valid, "start": start}
-        u, w, (d, n, _) = x, params["w_in"], self.xBC
         # z; x, B, C = silu(conv(u W) + bias)
-        z, rows = jnp.split(linear(u, w[:, : -self.heads]), [d], -1)
-        rows, conv = short_conv(
-            rows,
-            params["conv"],
-            state.conv,
-            **masks,
-            bias=params["conv_bias"],
-            activation="silu",
-            implementation=how.implementation,
-        )
-        x, B, C = jnp.split(rows, [d, d + n], -1)
+        (z, x, B, C), dt, conv = self.projected(params, state.conv, x, **masks, how=how)
         # dt = softplus(u W + dt_bias) within its limits, A = -exp(A_log), both in float32
-        dt = jnp.clip(jax.nn.softplus(gate(u, w[:, -self.heads :], params["dt_bias"])), *self.dt_limit)
+        dt = jnp.clip(jax.nn.softplus(dt + row(params["dt_bias"], dt)), *self.dt_limit)
         A = -jnp.exp(params["A_log"])
-        x, B, C = heads(x, self.heads), heads(B, self.groups), heads(C, self.groups)
+        # S_t = e^{dt A} S_{t-1} + B (dt x)^T, y = S^T C + D x
         y, S = ssd(x, dt, A, B, C, params["D"], initial_state=state.S, **masks, how=how)
-        return y * jax.nn.silu(heads(z, self.heads)), Mamba2State(S, conv)
-
-    def output(self, params, o, x):
-        # y = W_out RMSNorm(o), the norm over each group, after the gate
-        grouped, weight = heads(merge(o), self.groups), params["norm"].reshape(self.groups, -1)
-        y = jax.vmap(lambda a, w: rms_norm(a, w, self.norm_eps), (2, 0), 2)(grouped, weight)
-        return linear(merge(y), params["w_out"])
+        return y * jax.nn.silu(z), Mamba2State(S, conv)
 
 
 def ssd(

@@ -28,12 +28,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from memjax.combinators import stacked
 from memjax.layers import beside, linear, wide
-from memjax.memory import How, Memory, Param, at_least, dense, specs
+from memjax.memory import How, Memory, at_least, dense, specs
 from memjax.recurrence import Recurrence
-
-PACK = 64
-"""Tokens of a block of the packed form are a multiple of this: what the chunked ops like."""
 
 
 class MoMState(NamedTuple):
@@ -65,7 +63,7 @@ class MoM(Memory):
     shared_memory: bool = True
     single_kv_proj: bool = False
 
-    pack: ClassVar[int] = PACK
+    pack: ClassVar[int] = 64  # tokens of a block of the packed form, or a multiple: what the chunked ops like
 
     def __post_init__(self):
         at_least(self, 1, "num_memories", "top_k")
@@ -89,24 +87,21 @@ class MoM(Memory):
         own = {} if self.single_kv_proj else {name: inner.pop(name) for name in self.memory.own}
         return {
             "router": dense(self.dim, self.num_memories, ("model", None), "gate"),
-            "memories": jax.tree.map(lambda p: _stacked(p, self.num_memories), own),
+            "memories": jax.tree.map(lambda p: stacked(p, self.num_memories, None), own),
             **({"shared": own} if self.shared_memory else {}),
             "common": inner,
         }
 
     def state_specs(self, batch):
-        inner = self.memory.state_specs(batch)
-        stacked = jax.tree.map(
-            lambda s: dataclasses.replace(
-                s, shape=(batch, self.num_memories, *s.shape[1:]), axes=("batch", None, *s.axes[1:])
-            ),
-            inner,
-        )
-        return specs(MoMState, memories=stacked, shared=inner if self.shared_memory else ())
+        def with_memories(s):
+            return dataclasses.replace(s, shape=(batch, e, *s.shape[1:]), axes=("batch", None, *s.axes[1:]))
+
+        inner, e = self.memory.state_specs(batch), self.num_memories
+        return specs(MoMState, memories=jax.tree.map(with_memories, inner), shared=inner if self.shared_memory else ())
 
     def route(self, params: dict, x: Float[Array, "b t d"]) -> Route:
         """Where each token goes; of equal scores the lower index."""
-        logits = linear(wide(x), params["router"])  # not rounded to the dtype of x: a choice that flips is a large error
+        logits = linear(wide(x), params["router"])  # weights not rounded to the dtype of x: choices could flip
         weight, index = lax.top_k(jax.nn.softmax(logits, -1), self.top_k)
         return Route(logits, index, weight / weight.sum(-1, keepdims=True))
 
@@ -135,11 +130,13 @@ class MoM(Memory):
         y, shared = self._finish(params, state.shared, x, _mix(o[:, None, :, 0], route.weight), valid, start, how)
         return y[:, 0], MoMState(memories, shared)
 
+    def _recall(self, params, own, state, x, valid, start, how):
+        return self.memory.recall({**params["common"], **own}, state, x, valid=valid, start=start, how=how)
+
     def _finish(self, params, state, x, o, valid, start, how):
         """y of what the memories have read, and the new state of the shared one."""
         if self.shared_memory:
-            own = {**params["common"], **params["shared"]}
-            also, state = self.memory.recall(own, state, x, valid=valid, start=start, how=how)
+            also, state = self._recall(params, params["shared"], state, x, valid, start, how)
             o = o + also
         return self.memory.output(params["common"], o, x), state
 
@@ -151,27 +148,23 @@ class MoM(Memory):
         loss = self.num_memories * jnp.sum(chosen * probability[None])
         return {"load_balance": loss, "chosen": chosen, "probability": probability}
 
-    # the masked form: every memory over the whole sequence ------------------------------------------------------
-
     def _masked(self, params, states, x, route: Route, routed: Bool[Array, "b t e"], start, how: How):
         """What the memories read, mixed [b t h v], and their new states. Every memory passes over all tokens."""
 
-        def recall(own, state, valid):
-            return self.memory.recall({**params["common"], **own}, state, x, valid=valid, start=start, how=how)
+        def recall(own, state, routed):
+            return self._recall(params, own, state, x, routed, start, how)
 
         o, states = jax.vmap(recall, (0, 1, 2), (2, 1))(params["memories"], states, routed)
         weight = jax.nn.one_hot(route.index, self.num_memories, dtype=route.weight.dtype) * route.weight[..., None]
         return _mix(o, weight.sum(2)), states
 
-    # the packed form: blocks of the tokens of one memory --------------------------------------------------------
-
     def _blocks(self, t: int) -> tuple[int, int]:
         """Tokens of a block, and how many blocks of a row hold all tokens however they are routed; 0: too many.
 
-        About two blocks a memory: more would load its parameters more often, fewer would be emptier.
+        About eight blocks a memory: more would load its parameters more often, fewer would be emptier.
         """
         k, e = self.top_k, self.num_memories
-        c = self.pack * math.ceil(t * k / (2 * e * self.pack))
+        c = self.pack * math.ceil(t * k / (8 * e * self.pack))
         n = (t * k + e * (c - 1)) // c
         return c, n if 3 * n * c <= 2 * e * t else 0
 
@@ -200,13 +193,11 @@ class MoM(Memory):
             before = before.at[:, :, 0].set(jnp.where(opens, 0, before[:, :, 0])).reshape(b, n * c)
             begins = filled & (own != before)
 
-        visit = jax.vmap(self._visitor(params, how))
-
         def block(state, now):
             memory, opens, tokens = now
             entering = jax.tree.map(lambda a: a[rows[:, 0], memory], states)
             state = jax.tree.map(lambda a, s: jnp.where(beside(opens, a), a, s), entering, state)
-            o, state = visit(memory, state, *tokens)
+            o, state = jax.vmap(self._visitor(params, how))(memory, state, *tokens)
             return state, (o, state)
 
         tokens = (jnp.take_along_axis(x, source[..., None], 1), filled, begins)
@@ -222,8 +213,6 @@ class MoM(Memory):
             new = self._cleared(new, newest < document[:, -1:])
         return _mix(o, route.weight), new
 
-    # ------------------------------------------------------------------------------------------------------------
-
     def _visitor(self, params, how: How) -> Callable:
         """f(index, state, x [c d], valid [c], start [c]): one row read by the memory `index`, without an axis of rows:
         what it reads [c h v], and its new state."""
@@ -231,8 +220,7 @@ class MoM(Memory):
         def visit(index, state, x, valid, start):
             own = jax.tree.map(lambda p: p[index], params["memories"])
             state, x, valid, start = jax.tree.map(lambda a: a[None], (state, x, valid, start))
-            out = self.memory.recall({**params["common"], **own}, state, x, valid=valid, start=start, how=how)
-            return jax.tree.map(lambda a: a[0], out)
+            return jax.tree.map(lambda a: a[0], self._recall(params, own, state, x, valid, start, how))
 
         return visit
 
@@ -260,10 +248,3 @@ def joint_balance(aux: Any) -> Float[Array, ""]:
 
 def _mix(o: Float[Array, "b t j ..."], weight: Float[Array, "b t j"]) -> Float[Array, "b t ..."]:
     return (o * beside(weight.astype(o.dtype), o)).sum(2)
-
-
-def _stacked(p: Param, n: int) -> Param:
-    def init(key, shape):
-        return jax.vmap(lambda k: p.init(k, shape[1:]))(jax.random.split(key, n))
-
-    return dataclasses.replace(p, shape=(n, *p.shape), axes=(None, *p.axes), init=init)

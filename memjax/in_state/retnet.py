@@ -26,10 +26,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from memjax.heads import GroupedQueries
 from memjax.layers import heads, linear, positions, rotary, wide
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, Slot, at_least, dense, specs
+from memjax.recurrence import convolved, gated_output
+from memjax.tensors import matrix, same
 from pallas_kernels.linear_attention import IMPLEMENTATIONS, linear_attention
 
 
@@ -42,63 +43,35 @@ class RetNetState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RetNet(Recurrence):
+class RetNet(GroupedQueries):
     """Multi-scale retention over x [b, t, dim].
 
-    kv_heads: heads of k and v, a divisor of `heads` (None: as many); query head j reads kv head
-    j // (heads / kv_heads). Keys have dim * expand_k channels over all `heads`, an even number in each, values
-    dim * expand_v. theta: base of the rotary frequencies. use_short_conv: q, k and v pass a causal convolution of width
-    conv_size and silu. use_gate: the output is multiplied by silu(x W_g).
+    heads, kv_heads, expand_k, expand_v: those of `GroupedQueries`; each key has an even number of channels. theta: base
+    of the rotary frequencies. use_short_conv: q, k and v pass a causal convolution of width conv_size and silu.
+    use_gate: the output is multiplied by silu(x W_g).
     """
 
-    dim: int
     heads: int = 8
-    kv_heads: int | None = None
     expand_k: float = 1.0
     expand_v: float = 2.0
     theta: float = 10_000.0
     use_short_conv: bool = False
     conv_size: int = 4
     use_gate: bool = True
-    norm_eps: float = 1e-5
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads")
+        super().__post_init__()
         at_least(self, 2, "conv_size")
-        for name, least in (("expand_k", 2 * self.heads), ("expand_v", self.heads)):
-            width = self.dim * getattr(self, name)
-            if width < 1 or width % least:
-                raise ValueError(
-                    f"RetNet: {name} is {getattr(self, name)}, needs dim * {name} (here {width:g}) "
-                    f"to be a multiple of {least}"
-                )
-        if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(f"RetNet: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
+        if self.k % 2:
+            raise ValueError(
+                f"RetNet: expand_k is {self.expand_k}, needs dim * expand_k (here {self.heads * self.k}) "
+                f"to be a multiple of {2 * self.heads}, twice the heads"
+            )
         if self.theta <= 0:
             raise ValueError(f"RetNet: theta is {self.theta}, needs > 0")
-
-    @property
-    def hkv(self) -> int:
-        """Heads of k and v."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def k(self) -> int:
-        """Width of a key head."""
-        return int(self.dim * self.expand_k) // self.heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.dim * self.expand_v) // self.heads
-
-    @property
-    def qkv(self) -> tuple[int, int, int]:
-        """Widths of q, k and v."""
-        return self.heads * self.k, self.hkv * self.k, self.hkv * self.v
 
     @property
     def log_decay(self) -> np.ndarray:
@@ -106,45 +79,25 @@ class RetNet(Recurrence):
         return np.log1p(-(2.0 ** -(5.0 + np.arange(self.heads))))
 
     def param_specs(self):
-        d, (q, k, v), o = self.dim, self.qkv, self.heads * self.v
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
-            **({"w_g": dense(d, o)} if self.use_gate else {}),
-            "w_o": dense(o, d, ("heads", "model")),
-            **({"conv": conv_weight(self.conv_size, q + k + v)} if self.use_short_conv else {}),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
+            **({"w_g": dense(self.dim, self.heads * self.v)} if self.use_gate else {}),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.heads, self.k, self.v), ("batch", "heads", "key", "value"))
-        count = Slot((batch,), ("batch",), jnp.int32)
-        if not self.use_short_conv:
-            return specs(RetNetState, S=S, count=count)
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(RetNetState, S=S, count=count, conv=conv)
+        return specs(RetNetState, count=Slot((batch,), ("batch",), jnp.int32), **self.slots(batch))
 
     def tensors(self):
-        conv = depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True)))
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
+            **super().tensors(),
             **({"w_g": matrix("g_proj.weight")} if self.use_gate else {}),
-            "w_o": matrix("o_proj.weight"),
-            **({"conv": conv} if self.use_short_conv else {}),
             "norm": same("g_norm_swish_gate.weight" if self.use_gate else "g_norm.weight"),
         }
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
         masks: dict[str, Any] = {"valid": valid, "start": start}
         # q, k, v = x W, without an activation, or silu(conv(x W))
-        names, conv = ("w_q", "w_k", "w_v"), state.conv
-        if self.use_short_conv:
-            (q, k, v), conv = convolved(params, names, conv, x, **masks, how=how)
-        else:
-            q, k, v = (linear(x, params[w]) for w in names)
+        (q, k, v), conv = convolved(params, ("w_q", "w_k", "w_v"), state.conv, x, **masks, how=how)
         # q and k turned by their positions in the document
         position, count = positions(state.count, x.shape[1], **masks)
         q = rotary(heads(q, self.heads), position, self.theta) * self.k**-0.5

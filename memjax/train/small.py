@@ -337,8 +337,7 @@ class _At(NamedTuple):
 
     def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
         y, state, aux = self.verb(memory, params, state, x)
-        chosen = jax.nn.one_hot(self.at, y.shape[1], dtype=y.dtype)  # a product: gathers have slow gradients on CPUs
-        return jnp.einsum("bmt,btd->bmd", chosen, y), state, aux
+        return jnp.take_along_axis(y, self.at[..., None], 1), state, aux
 
 
 # ---------------------------------------------------------------------------------------------- tests

@@ -160,7 +160,8 @@ def test_padding_is_routed_nowhere_and_not_counted():
 def test_selecting_is_passing_by():
     """`step` with few rows fetches the chosen memories only; `apply` passes by all of them."""
     memory = MoM(INNER, num_memories=5)
-    assert memory._selecting_moves_less(1) and not memory._selecting_moves_less(64)
+    assert memory._selecting_moves_less(1)
+    assert not MoM(INNER)._selecting_moves_less(64)  # the parameters of 128 memories, or the states of 256
     params, state, x = inputs(memory, t=9, batch=1)
     valid, start = jnp.array([[1, 1, 0, 1, 1, 0, 1, 1, 1]], bool), jnp.array([[0, 0, 0, 0, 1, 0, 0, 1, 0]], bool)
 
@@ -182,8 +183,8 @@ def test_selecting_is_passing_by():
 
 @pytest.mark.slow
 def test_the_laws_hold_in_the_packed_form_too():
-    entry = CATALOG["mom"].build_small()
-    memory = Packed(entry.memory, num_memories=6, top_k=2)
+    small = CATALOG["mom"].build_small()
+    memory = Packed(small.memory, small.num_memories, small.top_k)
     assert memory._blocks(laws.bench.T)[1]
     laws.check(memory, raise_on_failure=True)
 

@@ -97,7 +97,7 @@ def test_the_rates_of_many_heads():
     [
         ("kv_heads", 3, "a divisor of heads = 2"),
         ("expand_k", 0.25, "a multiple of 4"),
-        ("expand_v", 0.1, "a multiple of 2"),
+        ("expand_v", 0.1, "a multiple of heads = 2"),
         ("theta", 0.0, "> 0"),
         ("heads", 0, "at least 1"),
         ("conv_size", 1, "at least 2"),
