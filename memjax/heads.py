@@ -20,6 +20,7 @@ class Heads(Recurrence):
     Its parameters begin with w_q, w_k, w_v, w_o, "norm" [v] and, where q, k and v pass a causal convolution, "conv".
     """
 
+    # Not a dataclass, so that these two take no place in the order of the fields, before those without a default.
     use_short_conv: ClassVar[bool] = True  # a field where there is a choice
     conv_size: ClassVar[int]  # width of the convolution, a field where there may be one
 

@@ -75,6 +75,8 @@ class Eval(Command):
         for name in ("dim", "head_dim", "layers", "rows", "steps", "batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}, needs at least 1")
+        if self.hidden is not None and self.hidden < 0:
+            raise ConfigError(f"--hidden is {self.hidden}, needs at least 0")
         if self.conv is not None and (self.conv < 0 or self.conv == 1):
             raise ConfigError(f"--conv is {self.conv}, needs 0 or at least 2 taps")
         if not self.seeds:
@@ -190,7 +192,7 @@ def _print_tasks(out: Console) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in ("task", "slices", "tokens", "steps", "from"):
-        table.add_column(header, no_wrap=header == "task", justify="right" if header == "steps" else "left")
+        table.add_column(header, no_wrap=header != "from", justify="right" if header == "steps" else "left")
     for name, setting in SETTINGS.items():
         lengths = sorted({task.tokens for task in setting.train})
         tested = list(setting.test)

@@ -60,7 +60,8 @@ def small_mixers(
     **fields: Any,
 ) -> tuple[Memory, ...]:
     """The memory of this name in the catalog, once for each layer, with one head of head_dim x head_dim where its class
-    has fields for that (two heads, or the sizes of the catalog's small instance, where it refuses them).
+    has fields for that (two heads, or the sizes of the catalog's small instance, where it refuses them). An output gate
+    that a class can do without is left out: layers of the memory alone.
 
     window: of memories that have one. vocab: of those indexed by tokens. fields: any fields of the class, before all
     else.
@@ -83,18 +84,22 @@ class _Sizes(NamedTuple):
 
 
 def _mixer(name: str, sizes: _Sizes, fields: dict[str, Any]) -> Memory:
-    """One head; two where one is refused; else as in the catalog, at this width."""
-    known = CATALOG[name]
-    one = _usual(name, sizes)
-    refused = None
-    for values in (one, one | ({"heads": 2} if "heads" in one else {}), {**known.small, "dim": sizes.dim}):
-        values = values | fields
+    """One head; two where one is refused; else as in the catalog, at this width. The fields that are given come last:
+    one that doesn't fit is an error, not a reason for other sizes."""
+    known, one = CATALOG[name], _usual(name, sizes)
+
+    def build(values: dict[str, Any]) -> Memory:
+        return from_config({"class": known.path, **{n: _with_parts(v, sizes) for n, v in values.items()}})
+
+    def fits(values: dict[str, Any]) -> bool:
         try:
-            return from_config({"class": known.path, **{n: _with_parts(v, sizes) for n, v in values.items()}})
-        except ConfigError as error:
-            refused = refused or error
-    assert refused is not None
-    raise refused
+            return build(values) is not None
+        except ConfigError:
+            return False
+
+    two = one | ({"heads": 2} if "heads" in one else {})
+    values = next(filter(fits, (one, two, {**known.small, "dim": sizes.dim})), one)
+    return build(values | fields)
 
 
 def _usual(name: str, sizes: _Sizes) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def _usual(name: str, sizes: _Sizes) -> dict[str, Any]:
         "head_v_dim": sizes.head_dim,
         "state_size": sizes.head_dim,
         "use_short_conv": True,
+        "use_gate": False,
         "window": sizes.window,
         "hidden": 2 * sizes.dim,
         "vocab": sizes.vocab,
@@ -143,8 +149,7 @@ def small_model(
       vocab: token ids.
       hidden: width of a feed-forward block behind each mixer; None: none.
       conv: taps of a Canon convolution in front of each mixer, 0 for none. None: 4 where the mixer has no convolution
-        of its own: without one, two layers of attention or of linear attention hardly learn to bind a value to the key
-        before it.
+        of its own, as in Zoology, where every mixer has one.
     """
     blocks: list[Memory] = []
     for m in (mixer,) * layers if isinstance(mixer, Memory) else mixer:
@@ -330,10 +335,18 @@ def answer_loss(model: Memory, params: dict, examples: Examples, answers: int, *
 
 
 class _At(NamedTuple):
-    """Runs a body and hands on its rows at some tokens of each example."""
+    """A `Call` that runs a body and hands on its rows at some tokens of each example."""
 
     verb: Verb
     at: Int[Array, "b m"]
+
+    @property
+    def unrolled(self) -> bool:
+        return self.verb.unrolled
+
+    @property
+    def remat(self) -> bool:
+        return self.verb.remat
 
     def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
         y, state, aux = self.verb(memory, params, state, x)

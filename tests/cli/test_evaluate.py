@@ -38,7 +38,7 @@ def test_list_tasks(run):
     for name, setting in SETTINGS.items():
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
         assert f"{setting.steps:,}" in line
-    assert "K=4, K=8, K=16" in out and "arXiv 2312.04927" in out
+    assert "K=4, K=8, K=16" in out and "2312.04927" in out
 
 
 def test_a_table_and_a_file(run, tmp_path):
@@ -73,9 +73,10 @@ def test_refuses(run):
     assert_refused(run("--task-fields", '{"key": 1}'), "--task-fields: MQAR has no field 'key'; it has vocab, length")
     assert_refused(run("--task-fields", '{"length": 8}'), "--task-fields: MQAR: length is 8, needs at least 16")
     assert_refused(run("--fields", '{"head": 1}'), "--memory gated_delta_net: ", "GatedDeltaNet has no field 'head'")
-    assert_refused(run("--fields", '{"v_heads": 0}'), "GatedDeltaNet: v_heads is 0")
+    assert_refused(run("--fields", '{"v_heads": 0}'), "v_heads is 0")
     assert_refused(run("--fields", '{"layers": 3}'), "--fields: layers is set by --layers")
     assert_refused(run("--steps", 0), "--steps is 0, needs at least 1")
     assert_refused(run("--learning-rate", 0), "Recipe: learning_rate is 0")
+    assert_refused(run("--hidden", -1), "--hidden is -1, needs at least 0")
     assert_refused(run("--conv", 1), "--conv is 1, needs 0 or at least 2")
     assert_refused(run("--implementation", "cuda"), "--implementation is 'cuda', gated_delta_net has reference, xla")

@@ -43,12 +43,12 @@ def linear_accuracy(task):
     for i in range(task.count):
         weights = np.linalg.lstsq(x, np.eye(task.vocab, dtype=np.float32)[y[:, i]], rcond=1e-4)[0]
         right.append((features(test_inputs) @ weights).argmax(1) == test_labels[:, task.length + i])
-    return np.mean(right)
+    return np.mean(right, axis=1)
 
 
 def test_a_linear_map_of_positions_copies_but_cannot_select():
-    assert linear_accuracy(Copying(24, 4, 8, selective=False)) == 1
-    assert linear_accuracy(Copying(24, 4, 8)) < 0.6
+    assert (linear_accuracy(Copying(24, 8, 8, selective=False)) == 1).all()
+    assert linear_accuracy(Copying(24, 8, 8)).min() < 0.5  # those at the ends are easier: first and last of the row
 
 
 def test_refuses():
