@@ -1,7 +1,7 @@
 # Every target makes $(VENV) first if it is missing, or older than pyproject.toml.
 #
 #   make demo       the needle bank: what this library is for, in a few minutes on a CPU
-#   make test       the test suite; ARGS="-n 4" or ARGS="tests/test_laws.py -k gla" go to pytest
+#   make test       the test suite in two processes; ARGS="-n 8" or ARGS="tests/test_laws.py -k gla" go to pytest
 #   make check      lint, format, types
 #   make peers      what `memjax bench ops` is timed beside, in an environment of its own (.venv-peers)
 #   make notebooks  executes notebooks/*.py, written to build/notebooks as .ipynb
@@ -31,7 +31,7 @@ demo: setup
 	$(IN_VENV) -m experiments.needle_bank $(ARGS)
 
 test: setup
-	$(IN_VENV) -m pytest $(ARGS)
+	$(IN_VENV) -m pytest $(or $(ARGS),-n 2 --dist loadgroup)
 
 check: setup
 	$(IN_VENV) -m ruff check

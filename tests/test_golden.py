@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memjax.catalog import CATALOG
 from tests import golden
 
-FILES = sorted((Path(__file__).parent / "goldens").glob("*.npz"))
 STEM = Path(__file__).parent / "goldens" / "stem_a.npz"
 
 
@@ -27,12 +27,11 @@ def failures(path):
     return {row.array: row.note for row in golden.judge(path) if not row.ok}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_reproduces(path):
-    rows = golden.judge(path)
-    judged = [name for name in np.load(path) if name.startswith(("out_", "grad_"))]
-    assert rows and {row.array for row in rows} >= {name for name in judged if "num" not in name}
-    assert not [row for row in rows if not row.ok]
+def test_every_file_is_judged_by_law_14():
+    """In tests/test_laws.py, by the name of the file in the catalog."""
+    assert {path.stem for path in STEM.parent.rglob("*.npz") if path.parent.name != "tasks"} == {
+        name for entry in CATALOG.values() for name in entry.goldens
+    }
 
 
 def test_a_wrong_number_fails(altered, capsys):

@@ -93,7 +93,11 @@ def recorded(stems: tuple[str, ...]) -> Callable | None:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in (*CATALOG, *COMPOSITIONS)],
+    # one worker for all of a subject: what is compiled for one law serves the others
+    params=[
+        pytest.param(n, marks=[pytest.mark.xdist_group(n), *([pytest.mark.slow] if n in SLOW else [])])
+        for n in (*CATALOG, *COMPOSITIONS)
+    ],
 )
 def subject(request):
     name = request.param

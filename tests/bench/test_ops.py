@@ -132,6 +132,7 @@ def test_scaling():
     assert rows[0]["ratio"] is None and rows[1]["ratio"] == rows[1]["median"] / rows[0]["median"]
 
 
+@pytest.mark.slow
 def test_a_plain_scan_that_would_keep_too_much_is_left_out(monkeypatch):
     monkeypatch.setattr(ops, "KEPT_BYTES", 1)
     (rows,) = ops.times(PLAN._replace(repeats=1))
@@ -183,6 +184,7 @@ def test_a_part_that_fails_leaves_those_before_it(run, tmp_path, monkeypatch):
     assert json.loads(path.read_text())["times"] == [{"who": "xla"}]
 
 
+@pytest.mark.slow
 def test_narrow_terminals_show_medians(run, monkeypatch):
     arguments = ("--quick", "--ops", "diagonal_scan/complex", "delta_rule/householder")
     _, wide, _ = run(*arguments, "--parts", "scaling")

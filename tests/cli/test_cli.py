@@ -259,6 +259,7 @@ def test_generate_continues_many_prompts(run, model, tmp_path):
         assert row.startswith(alone.rsplit("\n", 2)[0] + "\n")
 
 
+@pytest.mark.slow
 def test_generate_goes_on_from_a_saved_state(run, model, tmp_path):
     greedy = ("--temperature", 0)
     written = lambda out: out.splitlines()[1]  # noqa: E731

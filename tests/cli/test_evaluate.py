@@ -65,7 +65,9 @@ def test_seeds_give_a_spread(run):
 
 
 def test_refuses(run):
-    assert_refused(run("--memory", "gated_delta"), "no memory is called 'gated_delta'", "did you mean gated_delta_net?")
+    assert_refused(
+        run("--memory", "gated_delta"), "no memory is called 'gated_delta'", "did you mean gated_delta_net or"
+    )
     assert_refused(run("--task", "mqaar"), "no task is called 'mqaar'", "did you mean mqar")
     assert_refused(run("--task", "zzz"), "there are mqar, ")
     assert_refused(run("--task-fields", "{x"), "--task-fields: not JSON")

@@ -68,6 +68,7 @@ def scan_arrays(t=23, b=2, d=3, n=2):
     return (x, jax.nn.softplus(dt), -jnp.exp(A), B, C, h), masks
 
 
+@pytest.mark.slow
 def test_spans_of_any_length_are_one_scan():
     arrays, masks = scan_arrays()
 

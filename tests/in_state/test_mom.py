@@ -203,6 +203,7 @@ def test_blocks_hold_every_routing():
     np.testing.assert_allclose(new.memories.S, want_new.memories.S, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_over_all_layers():
     one = Residual(SMALL)
     model = Stack((one, Repeat(one, 2)))

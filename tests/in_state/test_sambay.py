@@ -129,6 +129,7 @@ def test_one_cache_whatever_the_depth(layers):
     assert len(rings) == 1 + layers // 4
 
 
+@pytest.mark.slow
 def test_a_prompt_does_without_the_upper_half():
     model = LanguageModel(dataclasses.replace(SMALL, layers=12), vocab=11)
     params, state = model.init(jax.random.key(0)), model.init_state(2)

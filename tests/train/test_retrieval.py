@@ -117,6 +117,7 @@ def test_phases_share_all_the_steps(phases):
     assert sum(p.share for p in phases) == 1.0
 
 
+@pytest.mark.slow
 def test_phases_follow_each_other_and_know_their_settings(tmp_path, standard_promotion):
     def train(rate):
         return fit_phases(
