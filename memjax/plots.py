@@ -159,7 +159,7 @@ def _read_recall(path: Path) -> dict[str, list[tuple[float, float, float, float]
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     try:
         for row in json.loads(path.read_text(encoding="utf-8"))["recall"]:
-            point = (float(row["state_bytes"]), *(mean(row[name]) for name in ("mean", "low", "high")))
+            point = float(row["state_bytes"]), mean(row["mean"]), mean(row["low"]), mean(row["high"])
             series.setdefault(row["contestant"], []).append(point)
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from None
