@@ -117,7 +117,7 @@ def test_law(subject, law, record_property):
 
 
 @pytest.mark.parametrize("law", BY_CONTENTS)
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(data=st.data())
 def test_law_on_any_contents(subject, law, data):
     masks = arrays(bool, (B, T))

@@ -198,6 +198,7 @@ def test_a_device_that_is_not_there(run):
 # ---------------------------------------------------------------------------------------------- train, generate
 
 
+@pytest.mark.slow
 def test_train_interrupted_resumed_and_generate(run, corpus, tmp_path, monkeypatch):
     import memjax.train
 

@@ -58,6 +58,7 @@ def test_a_table_and_a_file(run, tmp_path):
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["gla.json"]
 
 
+@pytest.mark.slow
 def test_seeds_give_a_spread(run):
     code, out, _ = run(*SMALL, "--memory", "sliding_window_attention", "--seeds", 0, 1, "--hidden", 8)
     assert code == 0 and "train 6/6" in out

@@ -46,6 +46,7 @@ def linear_accuracy(task):
     return np.mean(right, axis=1)
 
 
+@pytest.mark.slow
 def test_a_linear_map_of_positions_copies_but_cannot_select():
     assert (linear_accuracy(Copying(24, 8, 8, selective=False)) == 1).all()
     assert linear_accuracy(Copying(24, 8, 8)).min() < 0.5  # those at the ends are easier: first and last of the row
