@@ -335,11 +335,11 @@ def main(config: Config) -> dict[str, Any]:
         body |= {part: summarised(rows), f"{part}_runs": rows}
         table(f"{part}: share of right answers, mean (worst to best seed)", body[part])
     body["claims"] = claims(body)
-    for text, holds in body["claims"].items():
-        print(f"{'holds' if holds else 'FAILS':>6}  {text}")
     if config.quick:
         print("quick: nothing is recorded; this shows that everything runs, not how well")
         return body
+    for text, holds in body["claims"].items():
+        print(f"{'holds' if holds else 'FAILS':>6}  {text}")
     path = write_record("recall", body, RECORDS if config.record else config.output)
     print(f"wrote {path}")
     if "recall" in body:

@@ -193,7 +193,7 @@ MUTATIONS = (
     Mutation(
         "embedding of the next token",
         "memjax.lm.model:LanguageModel.thread",
-        (('params["embed"][x]', 'params["embed"][jax.numpy.roll(x, -1, -1)]'),),
+        (('params["embed"][x]', 'params["embed"][x.at[..., :-1].set(x[..., 1:])]'),),
         {"language_model": "causal"},
     ),
     # what is carried
