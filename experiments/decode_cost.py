@@ -9,7 +9,7 @@ hours. All memories and lengths are timed in turns, one layer each.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     if config.device:
         jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS
+    from experiments import RECORDS, settings
     from memjax.record import write_record
 
     rows = measure(config)
@@ -170,7 +170,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         print("quick: nothing is recorded; this shows that everything runs, not how fast")
         return rows
     body = {
-        "config": {name: value for name, value in asdict(config).items() if name not in ("output", "record")},
+        "config": settings(config),
         "rows": rows,
     }
     print(f"wrote {write_record('decode_cost', body, RECORDS if config.record else config.output)}")

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def main(config: Config) -> dict[str, Any]:
 
     if config.device:
         jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS
+    from experiments import RECORDS, settings
     from memjax.record import write_record
 
     corpus = read_corpus(config)
@@ -207,9 +207,8 @@ def main(config: Config) -> dict[str, Any]:
         for seed in config.seeds:
             rows.append(run(config, corpus, name, seed))
     table(rows)
-    paths = ("folder", "output", "record")  # a record speaks of the run, not of one machine's folders
     body = {
-        "config": {name: value for name, value in asdict(config).items() if name not in paths},
+        "config": settings(config),
         "multiples": MULTIPLES,
         "runs": rows,
     }

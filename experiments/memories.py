@@ -7,8 +7,8 @@ from typing import Any
 
 from memjax.catalog import CATALOG
 from memjax.lm.model import LanguageModel
+from memjax.lm.small import small_mixers, small_model
 from memjax.memory import Memory
-from memjax.train.small import small_mixers, small_model
 
 
 def mixers(

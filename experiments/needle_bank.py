@@ -17,7 +17,7 @@ import math
 import shutil
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -408,7 +408,7 @@ def main(config: Config) -> dict[str, Any]:
 
     if config.device:
         jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS
+    from experiments import RECORDS, settings
     from memjax.lm.files import ReadingSettings, save_model
     from memjax.record import write_record
 
@@ -419,9 +419,8 @@ def main(config: Config) -> dict[str, Any]:
     corpus, model = read_corpus(config, count), build_model(config)
     planted = questions(config, corpus)
     print(f"{len(corpus.documents.ids):,} documents; a model of {model.param_bytes() // 4:,} parameters", flush=True)
-    paths = ("folder", "output", "record")  # a record speaks of the run, not of one machine's folders
     body: dict[str, Any] = {
-        "config": {name: value for name, value in asdict(config).items() if name not in paths},
+        "config": settings(config),
         "trained_on": config.pool_documents * config.document_tokens,
         "runs": [],
     }

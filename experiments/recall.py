@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -150,7 +149,7 @@ def layers_of(run: Run) -> Size:
 
 def models(run: Run, setting: Any) -> tuple[Any, Any]:
     """The model that is trained, and the one that reads the test rows: a longer window where attention is whole."""
-    from memjax.train.small import small_mixers, small_model
+    from memjax.lm.small import small_mixers, small_model
 
     def build(window: int) -> Any:
         layers, mixers = layers_of(run), []
@@ -167,6 +166,7 @@ def models(run: Run, setting: Any) -> tuple[Any, Any]:
 
 def train(config: Config, run: Run) -> dict[str, Any]:
     """The result of one run, from its file if it is there."""
+    from memjax.record import write_json
     from memjax.train.progress import Progress
     from memjax.train.small import Recipe, measure
 
@@ -193,10 +193,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
         "state_bytes": result.state_bytes,
         "reader_state_bytes": reader.state_bytes(1),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, body)
     return body
 
 
@@ -318,7 +315,7 @@ def main(config: Config) -> dict[str, Any]:
 
     if config.device:
         jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS
+    from experiments import RECORDS, settings
     from memjax import plots
     from memjax.record import write_record
 
@@ -327,9 +324,7 @@ def main(config: Config) -> dict[str, Any]:
         "recall": lambda: recall(config, names), "parity": lambda: parity(config),
         "length": lambda: length(config, names),
     }  # fmt: skip
-    body: dict[str, Any] = {
-        "config": {name: value for name, value in asdict(config).items() if name not in ("output", "record")}
-    }
+    body: dict[str, Any] = {"config": settings(config)}
     for part in dict.fromkeys(config.parts):
         rows = list(runs[part]())
         body |= {part: summarised(rows), f"{part}_runs": rows}

@@ -7,7 +7,7 @@ imported before it is asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -66,13 +66,15 @@ class Entry:
 
     def build_small(self, **fields: Any) -> Memory:
         """The small instance that the laws run on, or one that differs in some fields."""
-        return self.cls(**{name: _with_parts(value) for name, value in {**self.small, **fields}.items()})
+        build = lambda part: CATALOG[part.name].build_small(**part.fields)  # noqa: E731
+        return self.cls(**{name: with_parts(value, build) for name, value in {**self.small, **fields}.items()})
 
 
-def _with_parts(value: Any) -> Any:
+def with_parts(value: Any, build: Callable[[Part], Memory | None]) -> Any:
+    """The value of a field with each `Part` in it built."""
     if isinstance(value, Part):
-        return CATALOG[value.name].build_small(**value.fields)
-    return tuple(map(_with_parts, value)) if type(value) is tuple else value
+        return build(value)
+    return tuple(with_parts(v, build) for v in value) if type(value) is tuple else value
 
 
 CATALOG: Mapping[str, Entry] = MappingProxyType(

@@ -110,6 +110,16 @@ def rotary(x: Float[Array, "b t h d"], position: Int[Array, "b t"], theta: float
 # ---------------------------------------------------------------------------------------------- the ring cache
 
 
+CACHE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_cache_dtype(memory: Any) -> None:
+    """For `__post_init__`: ValueError where `cache_dtype` is none of CACHE_DTYPES."""
+    if memory.cache_dtype not in CACHE_DTYPES:
+        name = type(memory).__name__
+        raise ValueError(f"{name}: cache_dtype is {memory.cache_dtype!r}, needs one of {CACHE_DTYPES}")
+
+
 class Ring(NamedTuple):
     """The last c keys and values of a document; token p of the document stands in slot p % c."""
 

@@ -353,6 +353,12 @@ def _show(a) -> str:
 # ---------------------------------------------------------------------------------------------- configurations
 
 
+def named(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path, "body.0.memory.w_q", in the order of the tree."""
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def to_config(memory: Any) -> Any:
     """Hyperparameters as plain JSON values; a memory becomes a dict with its type under "class"."""
     if isinstance(memory, Memory):

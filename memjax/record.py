@@ -45,11 +45,16 @@ class Record(NamedTuple):
 
     def write(self, body: dict[str, Any]) -> Path:
         """Writes the head and the body, null for what is no finite number, and returns the path."""
-        text = json.dumps(_finite({**self.head, **body}), indent=1, allow_nan=False)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_json(self.path, {**self.head, **body})
         return self.path
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Write a file whole or not at all, null for what is no finite number; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(_finite(body), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def begin_record(name: str, folder: Path, config: dict[str, Any] | None = None) -> Record:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -59,6 +61,24 @@ def size(n: int) -> str:
         if n >= scale:
             return f"{n / scale:.3g} {unit}" if n < 1e3 * scale else f"{n / scale:,.0f} {unit}"
     return f"{n} B"
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones: those that are close, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or [n for n in names if name.lower() in n]
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+
+
+def json_object(source: str, text: str) -> dict[str, Any]:
+    """A JSON object; ConfigError that begins with its source."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source}: needs a JSON object, got {type(found).__name__}")
+    return found
 
 
 def report_skipped(out: Console, skipped: list[Any]) -> None:

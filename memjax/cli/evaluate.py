@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
-import os
 import statistics
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memjax.cli.console import Command, size
+from memjax.cli.console import Command, hint, json_object, size
 from memjax.cli.listing import entry
 from memjax.errors import ConfigError
+from memjax.record import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +64,10 @@ class Eval(Command):
         if self.list_tasks:
             _print_tasks(self.start())
             return
+        from memjax.lm.small import small_model
         from memjax.memory import How, to_config
         from memjax.train.progress import Progress
-        from memjax.train.small import Recipe, measure, small_model
+        from memjax.train.small import Recipe, measure
 
         known = entry(self.memory)
         for name in ("dim", "head_dim", "layers", "rows", "steps", "batch"):
@@ -122,18 +120,15 @@ class Eval(Command):
                 "chance": {name: task.chance for name, task in setting.test.items()},
                 "results": [_plain(result) for result in results],
             }
-            _write(self.json, body)
+            write_json(self.json, body)
             out.print(f"wrote {self.json}", style="green", soft_wrap=True)
 
     def _setting(self) -> Any:
         from memjax.tasks import SETTINGS
 
         if self.task not in SETTINGS:
-            close = difflib.get_close_matches(self.task, SETTINGS, n=3, cutoff=0.5)
-            close = close or [name for name in SETTINGS if self.task.lower() in name]
-            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(SETTINGS)}"
-            raise ConfigError(f"no task is called {self.task!r}; {hint}")
-        setting, changes = SETTINGS[self.task], _json("--task-fields", self.task_fields)
+            raise ConfigError(f"no task is called {self.task!r}; {hint(self.task, SETTINGS)}")
+        setting, changes = SETTINGS[self.task], json_object("--task-fields", self.task_fields)
         for task in (*setting.train, *setting.test.values()):
             has = [f.name for f in fields(task)]
             if unknown := [name for name in changes if name not in has]:
@@ -146,9 +141,9 @@ class Eval(Command):
             raise ConfigError(f"--task-fields: {error}") from None
 
     def _mixers(self, known: Any, window: int, setting: Any) -> Any:
-        from memjax.train.small import small_mixers
+        from memjax.lm.small import small_mixers
 
-        own = _json("--fields", self.fields)
+        own = json_object("--fields", self.fields)
         if "layers" in own:
             raise ConfigError("--fields: layers is set by --layers")
         try:
@@ -161,27 +156,10 @@ class Eval(Command):
             raise ConfigError(f"--memory {self.memory}: {error}") from None
 
 
-def _json(flag: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{flag}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{flag}: needs a JSON object, got {type(found).__name__}")
-    return found
-
-
 def _plain(result: Any) -> dict[str, Any]:
     """A `memjax.train.small.Result` without the parameters."""
     scores = {name: score._asdict() for name, score in result.scores.items()}
     return {name: value for name, value in result._asdict().items() if name != "params"} | {"scores": scores}
-
-
-def _write(path: Path, body: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 import inspect
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from memjax.cli.console import Command, size
+from memjax.cli.console import Command, hint, size
 from memjax.errors import ConfigError
 
 COLORS = {"in_state": "green", "in_context": "cyan", "in_storage": "magenta", "in_weights": "yellow"}
@@ -49,10 +48,7 @@ def entry(name: str) -> Any:
     from memjax.catalog import CATALOG
 
     if name not in CATALOG:
-        close = difflib.get_close_matches(name, CATALOG, n=3, cutoff=0.5)
-        close = close or [known for known in CATALOG if name.lower() in known]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(CATALOG)}"
-        raise ConfigError(f"no memory is called {name!r}; {hint}")
+        raise ConfigError(f"no memory is called {name!r}; {hint(name, CATALOG)}")
     return CATALOG[name]
 
 
@@ -62,21 +58,16 @@ def at_dim(entry: Any, dim: int) -> Any:
     Fields without a default get usual values: a memory is that of its own entry at this width, and what is no width is
     as in the entry's small instance.
     """
+    from memjax.catalog import CATALOG, with_parts
+
     usual = {"dim": dim, "heads": max(1, dim // 64), "vocab": 32_000, "hidden": 4 * dim}
     needed = [n for n, p in inspect.signature(entry.cls).parameters.items() if p.default is p.empty or n == "dim"]
     try:
-        fields = {n: usual[n] if n in usual else _at_dim(entry.small[n], dim) for n in needed}
+        build = lambda part: at_dim(CATALOG[part.name], dim)  # noqa: E731
+        fields = {n: usual[n] if n in usual else with_parts(entry.small[n], build) for n in needed}
         return entry.build(**fields)
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _at_dim(value: Any, dim: int) -> Any:
-    from memjax.catalog import CATALOG, Part
-
-    if isinstance(value, Part):
-        return at_dim(CATALOG[value.name], dim)
-    return tuple(_at_dim(v, dim) for v in value) if type(value) is tuple else value
 
 
 @functools.cache
@@ -203,8 +194,9 @@ def _filled(text: str, width: int, first: str = "", indent: str | None = None) -
 
 
 def _arrays(memory: Any, kind: str) -> Table:
-    import jax
     import jax.numpy as jnp
+
+    from memjax.memory import named
 
     params = kind == "params"
     specs = memory.param_specs() if params else memory.state_specs(1)
@@ -213,11 +205,10 @@ def _arrays(memory: Any, kind: str) -> Table:
     for header in ("array", "axes", "shape", "dtype"):
         table.add_column(header, overflow="fold")
     table.add_column("bytes", justify="right", no_wrap=True)
-    for path, spec in jax.tree_util.tree_leaves_with_path(specs):
+    for name, spec in named(specs).items():
         dtype = jnp.dtype(getattr(spec, "dtype", jnp.float32))
         axes = Text(" ".join(axis or "·" for axis in spec.axes), "dim")
         bytes_ = size(math.prod(spec.shape) * dtype.itemsize)
-        name = ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
         table.add_row(Text(name), axes, Text(str(list(spec.shape))), dtype.name, bytes_)
     table.add_row(Text("in all", "bold"), "", "", "", Text(size(total), "bold"))
     return table

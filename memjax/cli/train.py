@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memjax.cli.console import Command, report_skipped, size
+from memjax.cli.console import Command, json_object, report_skipped, size
 from memjax.cli.generate import Generate, continue_text
 from memjax.cli.listing import entry
 from memjax.errors import ConfigError, DataError
@@ -162,14 +161,11 @@ def _read_json(text: str | None) -> dict[str, Any]:
         if not text.lstrip().startswith("{"):
             source = f"--config {text}"
             text = Path(text).read_text(encoding="utf-8")
-        fields = json.loads(text)
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror}, needs JSON or a file of it") from None
     except ValueError as error:
         raise ConfigError(f"{source}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{source}: needs a JSON object, got {type(fields).__name__}")
-    return fields
+    return json_object(source, text)
 
 
 def _one_row(files, tokenizer) -> np.ndarray:

@@ -23,11 +23,22 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary, wide
+from memjax.layers import (
+    Ring,
+    attention,
+    check_cache_dtype,
+    heads,
+    linear,
+    merge,
+    positions,
+    ring_append,
+    rms_norm,
+    rotary,
+    wide,
+)
 from memjax.memory import How, Memory, Param, at_least, constant, dense, normal
 from memjax.tensors import matrix, same
 
-CACHE_DTYPES = ("float32", "bfloat16", "float16")
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
@@ -68,8 +79,7 @@ class DifferentialAttention(Memory):
             )
         if self.d < 1 or (self.rotary and self.d % 2):
             raise ValueError(f"DifferentialAttention: head_dim is {self.d}, needs an even number for rotary positions")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(f"DifferentialAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}")
+        check_cache_dtype(self)
 
     @property
     def hkv(self) -> int:

@@ -19,10 +19,19 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from memjax.layers import Ring, attention, heads, linear, merge, positions, ring_append, rms_norm, rotary
+from memjax.layers import (
+    Ring,
+    attention,
+    check_cache_dtype,
+    heads,
+    linear,
+    merge,
+    positions,
+    ring_append,
+    rms_norm,
+    rotary,
+)
 from memjax.memory import How, Memory, Param, at_least, constant, dense
-
-CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,7 @@ class SlidingWindowAttention(Memory):
                 f"SlidingWindowAttention: rotary_share is {self.rotary_share}, needs an even part of the {self.d} "
                 "channels of a head"
             )
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"SlidingWindowAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}"
-            )
+        check_cache_dtype(self)
 
     @property
     def hkv(self) -> int:

@@ -30,11 +30,9 @@ import jax.numpy as jnp
 
 from memjax.blocks import Layout, block, repeated
 from memjax.combinators import Stack
-from memjax.layers import Ring, attention, heads, linear, merge, ring_append, rms_norm, row
+from memjax.layers import Ring, attention, check_cache_dtype, heads, linear, merge, ring_append, rms_norm, row
 from memjax.memory import How, Memory, Param, at_least, constant, dense
 from memjax.tensors import matrix, same
-
-CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ class SharedAttention(CrossAttention):
         at_least(self, 1, "kv_heads", "capacity")
         if self.heads % self.hkv:
             raise ValueError(f"SharedAttention: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(f"SharedAttention: cache_dtype is {self.cache_dtype!r}, needs one of {CACHE_DTYPES}")
+        check_cache_dtype(self)
 
     @property
     def hkv(self) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 
 from memjax.data.tokenizer import Tokenizer, load_tokenizer
 from memjax.errors import CheckpointError, ConfigError, TokenizerError
-from memjax.memory import Memory, from_config, to_config
+from memjax.memory import Memory, from_config, named, to_config
 
 FORMAT, VERSION = "memjax-model", 1
 CONFIG, PARAMS, TOKENIZER = "config.json", "params.safetensors", "tokenizer.json"
@@ -89,10 +89,10 @@ def save_model(
 
     path = Path(path)
     _check_model("model", model, tokenizer)
-    arrays = {name: np.asarray(a) for name, a in _named(params).items()}
+    arrays = {name: np.asarray(a) for name, a in named(params).items()}
     _check_arrays("params", model, arrays)
     _check_target(path, overwrite)
-    with _whole_folder(path) as partial:
+    with whole_folder(path) as partial:
         # contiguous: the file takes the bytes as they lie, whatever the strides say
         safetensors.numpy.save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial / PARAMS)
         tokenizer.save(partial / TOKENIZER)
@@ -149,7 +149,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         raise TokenizerError(f"{path / TOKENIZER}: its hash is {found}..., the model needs {needs}...")
     _check_model(str(path), model, tokenizer)
     specs = model.param_specs()
-    params = jax.tree.unflatten(jax.tree.structure(specs), [jnp.asarray(arrays[name]) for name in _named(specs)])
+    params = jax.tree.unflatten(jax.tree.structure(specs), [jnp.asarray(arrays[name]) for name in named(specs)])
     return LoadedModel(model, params, tokenizer, reading, config["hash"])
 
 
@@ -189,7 +189,7 @@ def _check_model(name: str, model: Memory, tokenizer: Tokenizer) -> None:
 
 
 def _check_arrays(name: str, model: Memory, arrays: dict[str, np.ndarray]) -> None:
-    specs = _named(model.param_specs())
+    specs = named(model.param_specs())
     for leaf, spec in specs.items():
         if leaf not in arrays:
             raise CheckpointError(f"{name}: has no array {leaf!r}, needs float32{list(spec.shape)}")
@@ -214,11 +214,6 @@ def _check_target(path: Path, overwrite: bool) -> None:
 # ---------------------------------------------------------------------------------------------- small parts
 
 
-def _named(tree: dict) -> dict[str, Any]:
-    """Leaves by dotted path, in the order of the tree."""
-    return {".".join(str(k.key) for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _hash(model: Memory, params: Path) -> str:
     digest = hashlib.sha256(json.dumps(to_config(model), sort_keys=True, separators=(",", ":")).encode() + b"\n")
     with params.open("rb") as stream:
@@ -228,7 +223,7 @@ def _hash(model: Memory, params: Path) -> str:
 
 
 @contextlib.contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that gets the name `path`, in the place of an older one, when the block ends well."""
     token = secrets.token_hex(8)
     partial, old = (path.with_name(f"{path.name}.{kind}-{token}") for kind in ("partial", "old"))

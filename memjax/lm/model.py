@@ -64,8 +64,11 @@ class LanguageModel(Combinator):
         embedded = params["embed"][x].astype(self.dtype)
         h, s, aux = call(self.body, params["body"], state["body"], embedded)
         head = params["embed"].T if self.tied else params["head"]
-        logits = gate(rms_norm(h, params["norm"], self.eps), head) * self.logit_scale
-        return logits, {"body": s}, {"body": aux}
+        return gate(self.last_norm(params["norm"], h), head) * self.logit_scale, {"body": s}, {"body": aux}
+
+    def last_norm(self, params, h):
+        """What stands before the output matrix; params["norm"] is its own."""
+        return rms_norm(h, params, self.eps)
 
 
 def _or(ids, x):

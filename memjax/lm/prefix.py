@@ -25,7 +25,7 @@ import numpy as np
 from memjax.errors import CheckpointError
 from memjax.lm.generate import Prefix
 from memjax.lm.weights.tensorfile import TensorFile
-from memjax.memory import CAPACITY_AXES, Memory, to_config
+from memjax.memory import CAPACITY_AXES, Memory, named, to_config
 
 FORMAT, VERSION = "memjax-prefix", "1"
 
@@ -33,7 +33,7 @@ FORMAT, VERSION = "memjax-prefix", "1"
 def fingerprint(model: Memory, params: dict) -> str:
     """sha256 over the configuration, and the paths, shapes and bytes of the parameters."""
     digest = hashlib.sha256(_config(model).encode())
-    for path, leaf in _named(params).items():
+    for path, leaf in named(params).items():
         a = np.asarray(leaf, order="C")
         digest.update(f"\n{path} {a.dtype.name}{list(a.shape)}\n".encode())
         digest.update(a.reshape(-1).view(np.uint8).data)
@@ -81,8 +81,8 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
         raise CheckpointError(f"{path}: has no array 'logits' of rows and tokens")
     logits = file["logits"]
     specs = model.state_specs(len(logits))
-    named = {f"state.{name}": spec for name, spec in _named(specs).items()}
-    for name, spec in named.items():
+    expected = {f"state.{name}": spec for name, spec in named(specs).items()}
+    for name, spec in expected.items():
         if name not in file.specs:
             raise CheckpointError(f"{path}: has no array {name!r}")
         a, shape = file[name], spec.shape
@@ -92,9 +92,9 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
         if not same or a.dtype != jnp.dtype(spec.dtype):
             needs = f"{jnp.dtype(spec.dtype).name}{list(shape)}"
             raise CheckpointError(f"{path}: array {name!r} is {a.dtype.name}{list(a.shape)}, needs {needs}")
-    if extra := file.specs.keys() - named.keys() - {"logits"}:
+    if extra := file.specs.keys() - expected.keys() - {"logits"}:
         raise CheckpointError(f"{path}: array {min(extra)!r} is none of this model")
-    leaves = [jnp.array(file[name]) for name in named]
+    leaves = [jnp.array(file[name]) for name in expected]
     return Prefix(jax.tree.unflatten(jax.tree.structure(specs), leaves), jnp.array(logits))
 
 
@@ -111,12 +111,4 @@ def _config(model: Memory) -> str:
 
 
 def _arrays(prefix: Prefix) -> dict[str, Any]:
-    return {"logits": prefix.logits, **{f"state.{name}": a for name, a in _named(prefix.state).items()}}
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path."""
-    return {
-        ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {"logits": prefix.logits, **{f"state.{name}": a for name, a in named(prefix.state).items()}}

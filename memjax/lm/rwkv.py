@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from memjax.combinators import Combinator
-from memjax.layers import gate, row, wide
+from memjax.layers import row, wide
 from memjax.lm.model import LanguageModel
 from memjax.memory import How, Memory, Param, at_least, constant, on_x
 from memjax.tensors import same
@@ -78,9 +78,5 @@ class RWKVLanguageModel(LanguageModel):
     def param_specs(self):
         return {**super().param_specs(), "norm": LayerNorm(self.dim, self.eps, self.bias).param_specs()}
 
-    def thread(self, call, params, state, x):
-        embedded = params["embed"][x].astype(self.dtype)
-        h, s, aux = call(self.body, params["body"], state["body"], embedded)
-        head = params["embed"].T if self.tied else params["head"]
-        normed = layer_norm(h, params["norm"]["weight"], params["norm"].get("bias"), self.eps)
-        return gate(normed, head) * self.logit_scale, {"body": s}, {"body": aux}
+    def last_norm(self, params, h):
+        return layer_norm(h, params["weight"], params.get("bias"), self.eps)

@@ -14,6 +14,7 @@ from memjax.in_context.canon import Canon
 from memjax.in_context.sliding_window_attention import SlidingWindowAttention
 from memjax.in_state.gated_delta_net import GatedDeltaNet
 from memjax.lm import FeedForward
+from memjax.lm.small import small_mixers, small_model
 from memjax.tasks import IGNORE, Setting
 from memjax.tasks.induction import InductionHeads
 from memjax.tasks.mqar import MQAR
@@ -23,7 +24,7 @@ from memjax.tasks.state_tracking import GroupWord
 from memjax.train import small
 from memjax.train.loop import DivergedError
 from memjax.train.losses import cross_entropy
-from memjax.train.small import Recipe, draw, evaluate, measure, read, small_mixers, small_model, train_on
+from memjax.train.small import Recipe, draw, evaluate, measure, read, train_on
 
 ATTENTION = SlidingWindowAttention(16, heads=2, window=32)
 DELTA = GatedDeltaNet(16, heads=1, head_dim=8, expand_v=1.0)

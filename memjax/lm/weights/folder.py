@@ -21,12 +21,13 @@ import numpy as np
 
 from memjax import tensors
 from memjax.errors import CheckpointError, ConfigError
-from memjax.lm.files import _named, _whole_folder
+from memjax.lm.files import whole_folder
 from memjax.lm.model import LanguageModel
 from memjax.lm.weights.config import Config
 from memjax.lm.weights.families import published
 from memjax.lm.weights.names import Published
 from memjax.lm.weights.tensorfile import Shards
+from memjax.memory import named
 
 CONFIG = "config.json"
 FLOATS = ("F32", "F16", "BF16")
@@ -75,7 +76,7 @@ def load_pretrained(folder: str | os.PathLike[str], *, dtype: str = "float32") -
     model, layers = known = published(folder / CONFIG, dtype)
     shards = Shards(folder)
     places = _places(known, shards)
-    specs = _named(model.param_specs())
+    specs = named(model.param_specs())
     found: dict[str, Any] = {}
     for layer in layers:
         names = {name for t in layer.table.values() for name, _ in t.parts}
@@ -117,7 +118,7 @@ def save_pretrained(
     arrays = _arrays(known, params, places)
     if known.model.tied and HEAD in shards.where:
         arrays[HEAD] = arrays[_embedding(known, places)]
-    with _whole_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         for name, file in shards.files.items():
             file.write(partial / name, arrays)
         for file in (like / CONFIG, shards.index):
@@ -160,7 +161,7 @@ def _places(known: Published, shards: Shards) -> dict[str, Place]:
 
 def _shapes(known: Published) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The tensors of the model, each under the first of its names."""
-    specs = _named(known.model.param_specs())
+    specs = named(known.model.param_specs())
     for layer in known.layers:
         whole = {path: specs[layer.path + path].shape for path in layer.table}
         leaves = {
@@ -206,7 +207,7 @@ def _read(shards: Shards, place: Place) -> np.ndarray:
 
 def _arrays(known: Published, params: dict, places: dict[str, Place]) -> dict[str, np.ndarray]:
     """The tensors of the file, float32, by their names there."""
-    given, specs = _named(params), _named(known.model.param_specs())
+    given, specs = named(params), named(known.model.param_specs())
     for path, spec in specs.items():
         if path not in given or given[path].shape != spec.shape:
             found = list(given[path].shape) if path in given else "missing"
