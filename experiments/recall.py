@@ -1,6 +1,6 @@
 """What memories recall: accuracy against the bytes of the state, state tracking, and length, as small trainings.
 
-    python -m experiments.recall            # goes on where it stopped; hours on two cores
+    python -m experiments.recall --jobs 2   # goes on where it stopped; an hour or two on two cores
     python -m experiments.recall --quick    # two memories, a few steps
 
 Every memory learns multi-query associative recall (two layers without feed-forward blocks, 16 pairs at most) at three
@@ -10,13 +10,15 @@ size with seed 0. Each training is one file in the output folder; those that are
 
 from __future__ import annotations
 
-import itertools
-import json
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from experiments import trainings
+from experiments.trainings import Layers, Run, in_processes, over_sizes, summarised, table
 
 Part = Literal["recall", "parity", "length"]
 SLICES = ("K=4", "K=8", "K=16")
@@ -37,6 +39,8 @@ class Config:
     """Updates; None: those of the task."""
     rows: int = 1024
     """Rows that each slice is tested on."""
+    jobs: int = 1
+    """Processes that train side by side, each on its share of the cores: a small training uses one well."""
     device: str | None = None
     """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
     output: Path = Path("build/recall")
@@ -51,24 +55,20 @@ QUICK: dict[str, Any] = {
     "memories": (ATTENTION, "gated_delta_net"), "seeds": (0,), "learning_rates": (5e-3,), "steps": 20, "rows": 64,
 }  # fmt: skip
 
-# One layer of a contestant is (name in the catalog, fields); two names make a layer of each kind.
-Layer = tuple[str, dict[str, Any]]
-Size = tuple[Layer, ...]
 
-
-def heads(name: str, *sizes: int, **fields: Any) -> tuple[Size, ...]:
+def heads(name: str, *sizes: int, **fields: Any) -> tuple[Layers, ...]:
     """One head of 8, 16 or 32 keys and values: a state of so many squared."""
     return tuple((((name, {"head_dim": n, **fields}),) * 2) for n in sizes)
 
 
-def based(features: int, window: int) -> Size:
+def based(features: int, window: int) -> Layers:
     """A layer of Based and one of attention over a small window, as in its paper."""
     fields = {"heads": 1, "feature_dim": features, "head_v_dim": 16}
     return ("based", fields), ("sliding_window_attention", {"window": window, "rotary": False})
 
 
 THREE, ONE = (8, 16, 32), (16,)
-CONTESTANTS: dict[str, tuple[Size, ...]] = {
+CONTESTANTS: dict[str, tuple[Layers, ...]] = {
     # the published order is about these
     ATTENTION: ((("sliding_window_attention", {}),) * 2,),
     "gated_delta_net": heads("gated_delta_net", *THREE),
@@ -102,32 +102,16 @@ CONTESTANTS: dict[str, tuple[Size, ...]] = {
     "attention, 4 layers": ((("sliding_window_attention", {}),) * 4,),
 }  # fmt: skip
 ORDER = list(CONTESTANTS)[:9]
-PARITY: dict[str, Size] = {
+PARITY: dict[str, Layers] = {
     "beta in (0, 2)": (("gated_delta_net", {"heads": 2, "head_dim": 16, "allow_neg_eigval": True}),),
     "beta in (0, 1)": (("gated_delta_net", {"heads": 2, "head_dim": 16}),),
 }
 
 
-class Run(NamedTuple):
-    """One training. size: its number among the contestant's sizes."""
-
-    part: Part
-    contestant: str
-    size: int
-    learning_rate: float | None
-    seed: int
-
-    @property
-    def file(self) -> str:
-        rate = "own" if self.learning_rate is None else f"{self.learning_rate:g}"
-        name = self.contestant.replace(" ", "_").replace(",", "").replace(":", "-").replace("(", "").replace(")", "")
-        return f"{self.part}-{name}-{self.size}-{rate}-{self.seed}.json"
-
-
 # ---------------------------------------------------------------------------------------------- one training
 
 
-def setting_of(part: Part) -> Any:
+def setting_of(part: str) -> Any:
     """The task of a part: recall as the sheet of MQAR sizes it, parity, or passkeys up to 8 times the length."""
     from memjax.tasks import SETTINGS
     from memjax.tasks.passkey import Passkey
@@ -142,111 +126,46 @@ def setting_of(part: Part) -> Any:
     return SETTINGS["mqar" if part == "recall" else part]
 
 
-def layers_of(run: Run) -> Size:
+def layers_of(run: Run) -> Layers:
     """The layers of a run; for passkeys the middle size."""
     return PARITY[run.contestant] if run.part == "parity" else CONTESTANTS[run.contestant][run.size]
 
 
-def models(run: Run, setting: Any) -> tuple[Any, Any]:
-    """The model that is trained, and the one that reads the test rows: a longer window where attention is whole."""
-    from memjax.lm.small import small_mixers, small_model
-
-    def build(window: int) -> Any:
-        layers, mixers = layers_of(run), []
-        for i, (name, fields) in enumerate(layers):
-            fields = dict(fields)
-            if isinstance(inner := fields.get("memory"), tuple):
-                fields["memory"] = small_mixers(inner[0], layers=1, vocab=setting.vocab, **inner[1])[0]
-            same = small_mixers(name, **{"layers": len(layers), "window": window, "vocab": setting.vocab, **fields})
-            mixers.append(same[i])
-        return small_model(mixers, setting.vocab, hidden=setting.hidden)
-
-    return build(max(task.tokens for task in setting.train)), build(setting.longest)
-
-
 def train(config: Config, run: Run) -> dict[str, Any]:
     """The result of one run, from its file if it is there."""
-    from memjax.record import write_json
-    from memjax.train.progress import Progress
-    from memjax.train.small import Recipe, measure
-
-    path = config.output / ("quick" if config.quick else "results") / run.file
-    setting = setting_of(run.part)
-    recipe = Recipe.of(setting, steps=config.steps, learning_rate=run.learning_rate)
-    about = {**run._asdict(), "recipe": asdict(recipe), "rows": config.rows}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if {name: found.get(name) for name in about} == about:
-            return found
-    model, reader = models(run, setting)
-    title = f"{run.part} {run.contestant} {run.size + 1}/{run.seed}"
-    with Progress(recipe.steps, title, unit="step") as bar:
-        report = lambda n, loss: bar.update(n, loss=loss)  # noqa: E731
-        result = measure(model, setting, recipe, reader=reader, rows=config.rows, seed=run.seed, report=report)
-    body = {
-        **about,
-        "scores": {name: score._asdict() for name, score in result.scores.items()},
-        "losses": result.losses,
-        "seconds": result.seconds,
-        "step_seconds": result.step_seconds,
-        "parameters": result.parameters,
-        "state_bytes": result.state_bytes,
-        "reader_state_bytes": reader.state_bytes(1),
-    }
-    write_json(path, body)
-    return body
-
-
-def mean_accuracy(result: Mapping[str, Any]) -> float:
-    """Over the slices."""
-    return statistics.fmean(score["accuracy"] for score in result["scores"].values())
+    home = config.output / ("quick" if config.quick else "results")
+    setting, bar = setting_of(run.part), config.jobs == 1
+    return trainings.train(run, layers_of(run), setting, home, rows=config.rows, steps=config.steps, bar=bar)
 
 
 # ---------------------------------------------------------------------------------------------- the parts
 
 
-def recall(config: Config, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Learning rates at the middle size, then every size with every seed at the best of them."""
-    for name in names:
-        sizes = CONTESTANTS[name]
-        tried = {
-            rate: mean_accuracy(train(config, Run("recall", name, len(sizes) // 2, rate, config.seeds[0])))
-            for rate in config.learning_rates
-        }
-        best = max(tried, key=lambda rate: tried[rate])
-        for size, seed in itertools.product(range(len(sizes)), config.seeds):
-            yield {**train(config, Run("recall", name, size, best, seed)), "tried": tried}
+def names_of(config: Config, part: Part) -> tuple[str, ...]:
+    """The contestants of a part."""
+    if part == "parity":
+        return tuple(PARITY)
+    names = config.memories or tuple(CONTESTANTS)
+    return names if part == "recall" else tuple(name for name in names if name in ORDER)
 
 
-def parity(config: Config) -> Iterator[dict[str, Any]]:
-    for name, seed in itertools.product(PARITY, config.seeds):
-        yield train(config, Run("parity", name, 0, None, seed))
+def results(config: Config, part: Part, name: str) -> list[dict[str, Any]]:
+    """All that is asked of a contestant, trained or read from its files.
 
-
-def length(config: Config, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Passkeys at 1, 2, 4 and 8 times the length of training, one seed, middle size."""
-    for name in names:
-        if name in ORDER:
-            yield train(config, Run("length", name, len(CONTESTANTS[name]) // 2, None, config.seeds[0]))
+    Recall: the learning rates at the middle size, then every size with every seed at the best of them. Length: passkeys
+    at 1, 2, 4 and 8 times the length of training, the middle size, one seed.
+    """
+    seeds = config.seeds
+    if part == "parity":
+        return [train(config, Run(part, name, 0, None, seed)) for seed in seeds]
+    sizes = len(CONTESTANTS[name])
+    if part == "length":
+        return [train(config, Run(part, name, sizes // 2, None, seeds[0]))]
+    rates = config.learning_rates
+    return over_sizes(partial(train, config), part, name, sizes=sizes, learning_rates=rates, seeds=seeds)
 
 
 # ---------------------------------------------------------------------------------------------- what it shows
-
-
-def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each contestant and size: state bytes, and mean, least and most over the seeds of each slice."""
-    out = []
-    for key in dict.fromkeys((row["contestant"], row["size"]) for row in rows):
-        same = [row for row in rows if (row["contestant"], row["size"]) == key]
-        scores = {name: [row["scores"][name]["accuracy"] for row in same] for name in same[0]["scores"]}
-        out.append({
-            "contestant": key[0], "size": key[1], "state_bytes": same[0]["state_bytes"],
-            "learning_rate": same[0]["recipe"]["learning_rate"], "seeds": len(same),
-            "mean": {name: statistics.fmean(v) for name, v in scores.items()},
-            "low": {name: min(v) for name, v in scores.items()},
-            "high": {name: max(v) for name, v in scores.items()},
-        })  # fmt: skip
-    return out
 
 
 def claims(body: Mapping[str, Any]) -> dict[str, bool]:
@@ -286,26 +205,6 @@ def claims(body: Mapping[str, Any]) -> dict[str, bool]:
     return found
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a summary."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from memjax.cli.console import size
-
-    out = Table(title=title, title_justify="left", box=None)
-    slices = list(rows[0]["mean"])
-    for header in ("memory", "state", *slices, "learning rate"):
-        out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
-    for row in rows:
-        spread = row["seeds"] > 1
-        cells = [
-            f"{row['mean'][s]:.3f}" + (f" ({row['low'][s]:.2f}–{row['high'][s]:.2f})" if spread else "") for s in slices
-        ]
-        out.add_row(row["contestant"], size(row["state_bytes"]), *cells, f"{row['learning_rate']:g}")
-    Console().print(out)
-
-
 def main(config: Config) -> dict[str, Any]:
     if config.quick:
         config = replace(config, **QUICK)
@@ -319,14 +218,13 @@ def main(config: Config) -> dict[str, Any]:
     from memjax import plots
     from memjax.record import write_record
 
-    names = config.memories or tuple(CONTESTANTS)
-    runs = {
-        "recall": lambda: recall(config, names), "parity": lambda: parity(config),
-        "length": lambda: length(config, names),
-    }  # fmt: skip
+    calls: list[tuple[Config, Part, str]]
+    calls = [(config, part, name) for part in dict.fromkeys(config.parts) for name in names_of(config, part)]
+    if config.jobs > 1:
+        in_processes(config.jobs, config.device, results, calls)
     body: dict[str, Any] = {"config": settings(config)}
     for part in dict.fromkeys(config.parts):
-        rows = list(runs[part]())
+        rows = [row for call in calls if call[1] == part for row in results(*call)]
         body |= {part: summarised(rows), f"{part}_runs": rows}
         table(f"{part}: share of right answers, mean (worst to best seed)", body[part])
     body["claims"] = claims(body)

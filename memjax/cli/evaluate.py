@@ -66,8 +66,9 @@ class Eval(Command):
             return
         from memjax.lm.small import small_model
         from memjax.memory import How, to_config
+        from memjax.train.evaluation import measure
         from memjax.train.progress import Progress
-        from memjax.train.small import Recipe, measure
+        from memjax.train.small import Recipe
 
         known = entry(self.memory)
         for name in ("dim", "head_dim", "layers", "rows", "steps", "batch"):
@@ -157,7 +158,7 @@ class Eval(Command):
 
 
 def _plain(result: Any) -> dict[str, Any]:
-    """A `memjax.train.small.Result` without the parameters."""
+    """A `memjax.train.evaluation.Result` without the parameters."""
     scores = {name: score._asdict() for name, score in result.scores.items()}
     return {name: value for name, value in result._asdict().items() if name != "params"} | {"scores": scores}
 

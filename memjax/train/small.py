@@ -1,8 +1,9 @@
 """Small trainings: one memory, one task, minutes on a CPU. What memories are compared by.
 
     model = small_model(small_mixers("gated_delta_net"), vocab=setting.vocab)  # memjax.lm.small
-    result = measure(model, setting, Recipe.of(setting), seed=0)
-    result.scores["K=16"].accuracy, model.state_bytes(1)
+    params = train_on(model, setting.train, Recipe.of(setting), seed=0).params
+
+`memjax.train.evaluation` scores what was trained.
 
 Batches are made inside the jitted update, and many updates run in one call of it, so that Python costs nothing. What
 is trained with is an argument of the compiled program: other seeds and learning rates compile nothing.
@@ -29,20 +30,15 @@ from jaxtyping import Float, Int
 from memjax.combinators import Verb
 from memjax.errors import ConfigError
 from memjax.lm.model import LanguageModel
+from memjax.lm.small import small_params
 from memjax.memory import How, Memory
-from memjax.tasks.task import IGNORE, Examples, Score, Setting, Task, score
+from memjax.tasks.task import IGNORE, Examples, Setting, Task
 from memjax.train.loop import DivergedError
 from memjax.train.losses import cross_entropy
 from memjax.train.optimizer import lenient
 
 CALL = 20
 """Updates in one call of the compiled program: as often is reported."""
-
-LOGITS = 1 << 24
-"""Logits that are made at once when rows are read for a test: longer ones are read in pieces."""
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def train_on(
     how: How = How(),
     report: Callable[[int, float], None] | None = None,
 ) -> Trained:
-    """Train a model over token ids from scratch, in float32; the same seed gives the same result.
+    """Train a model over token ids from scratch (`small_params`), in float32; the same seed gives the same result.
 
     Args:
       model: see `small_model`. Auxiliary losses are not trained.
@@ -110,9 +106,9 @@ def train_on(
       ConfigError: a token of a task that the model has no embedding for.
     """
     tasks = tuple(tasks)
-    _check_vocab(model, tasks)
+    check_vocab(model, tasks)
     key = jax.random.key(seed)
-    params = jax.jit(model.init)(jax.random.fold_in(key, 0))
+    params = jax.jit(small_params, static_argnums=0)(model, jax.random.fold_in(key, 0))
     numbers = _Numbers(*(np.float32(getattr(recipe, name)) for name in _Numbers._fields))
     carry, losses, times = (params, _optimizer(numbers).init(params)), [], []
     for first in range(0, recipe.steps, CALL):
@@ -229,112 +225,8 @@ class _At(NamedTuple):
         return jnp.take_along_axis(y, self.at[..., None], 1), state, aux
 
 
-# ---------------------------------------------------------------------------------------------- tests
-
-
-def evaluate(
-    model: Memory,
-    params: dict,
-    task: Task,
-    *,
-    rows: int = 512,
-    batch: int = 64,
-    piece: int | None = None,
-    seed: int = 0,
-    how: How = How(),
-) -> Score:
-    """The mean score over fresh rows of a task, floats.
-
-    rows: how many, rounded up to whole batches. piece: tokens that are read at once, the state carried from one piece
-    to the next; None: as many as make `LOGITS` logits. seed: never gives a row that `train_on` has seen but by chance.
-    """
-    _check_vocab(model, (task,))
-    key = jax.random.fold_in(jax.random.key(seed), 2)
-    piece = max(16, LOGITS // (batch * task.vocab)) if piece is None else piece
-    found = []
-    for i in range(-(-rows // batch)):
-        inputs, labels, valid = _rows(jax.random.fold_in(key, i), task=task, size=batch)
-        predicted = read(params, inputs, valid, model=model, piece=min(piece, task.tokens), how=how)
-        found.append(_score(predicted, labels))
-    return Score(*(float(np.mean([np.mean(one) for one in part])) for part in zip(*found, strict=True)))
-
-
-@functools.partial(jax.jit, static_argnames=("task", "size"))
-def _rows(key, *, task, size):
-    return task.batch(key, size)
-
-
-_score = jax.jit(score)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "piece", "how"))
-def read(params: dict, inputs: Array, valid: Array | None, *, model: Memory, piece: int, how: How = How()) -> Array:
-    """The most likely next token at every token [b t] int32, read `piece` tokens at a time from the empty memory."""
-    (b, t), whole = inputs.shape, inputs.shape[1] // piece * piece
-
-    def apply(state, now):
-        logits, state = model.apply(params, state, now[0], valid=now[1], how=how)
-        return state, logits.argmax(-1).astype(jnp.int32)
-
-    now = (inputs, valid)
-    pieces = jax.tree.map(lambda a: a[:, :whole].reshape(b, -1, piece).swapaxes(0, 1), now)
-    state, predicted = lax.scan(apply, model.init_state(b), pieces)
-    predicted = predicted.swapaxes(0, 1).reshape(b, whole)
-    if whole == t:
-        return predicted
-    return jnp.concatenate([predicted, apply(state, jax.tree.map(lambda a: a[:, whole:], now))[1]], 1)
-
-
-class Result(NamedTuple):
-    """scores: by slice. seconds: of training, with compilation; step_seconds: of an update, without. losses: of every
-    `CALL` updates. state_bytes: of one row."""
-
-    scores: dict[str, Score]
-    losses: list[float]
-    steps: int
-    seconds: float
-    step_seconds: float
-    parameters: int
-    state_bytes: int
-    params: dict
-
-
-def measure(
-    model: Memory,
-    setting: Setting,
-    recipe: Recipe | None = None,
-    *,
-    reader: Memory | None = None,
-    rows: int = 512,
-    seed: int = 0,
-    how: How = How(),
-    report: Callable[[int, float], None] | None = None,
-) -> Result:
-    """Train on a setting, then score every slice of it.
-
-    recipe: None: that of the setting. reader: a model with the same parameters that reads the test rows, such as one
-    whose window is longer; None: `model`. Other arguments and errors as in `train_on` and `evaluate`.
-    """
-    recipe = Recipe.of(setting) if recipe is None else recipe
-    trained = train_on(model, setting.train, recipe, seed=seed, how=how, report=report)
-    reader = model if reader is None else reader
-    scores = {
-        name: evaluate(reader, trained.params, task, rows=rows, seed=seed, how=how)
-        for name, task in setting.test.items()
-    }
-    return Result(
-        scores,
-        trained.losses.tolist(),
-        recipe.steps,
-        trained.seconds,
-        trained.step_seconds,
-        model.param_bytes() // 4,
-        model.state_bytes(1),
-        trained.params,
-    )
-
-
-def _check_vocab(model: Memory, tasks: Sequence[Task]) -> None:
+def check_vocab(model: Memory, tasks: Sequence[Task]) -> None:
+    """ConfigError if a task has a token that the model has no embedding for."""
     has, needs = model.reads_ids, max(task.vocab for task in tasks)
     if has is not None and has < needs:
         raise ConfigError(f"{type(model).__name__}: vocab is {has}, the task has {needs} tokens")

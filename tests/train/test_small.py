@@ -14,7 +14,8 @@ from memjax.in_context.canon import Canon
 from memjax.in_context.sliding_window_attention import SlidingWindowAttention
 from memjax.in_state.gated_delta_net import GatedDeltaNet
 from memjax.lm import FeedForward
-from memjax.lm.small import small_mixers, small_model
+from memjax.lm.small import small_mixers, small_model, small_params
+from memjax.memory import named
 from memjax.tasks import IGNORE, Setting
 from memjax.tasks.induction import InductionHeads
 from memjax.tasks.mqar import MQAR
@@ -22,9 +23,10 @@ from memjax.tasks.passkey import Passkey
 from memjax.tasks.selective_copying import Copying
 from memjax.tasks.state_tracking import GroupWord
 from memjax.train import small
+from memjax.train.evaluation import evaluate
 from memjax.train.loop import DivergedError
 from memjax.train.losses import cross_entropy
-from memjax.train.small import Recipe, draw, evaluate, measure, read, train_on
+from memjax.train.small import Recipe, draw, train_on
 
 ATTENTION = SlidingWindowAttention(16, heads=2, window=32)
 DELTA = GatedDeltaNet(16, heads=1, head_dim=8, expand_v=1.0)
@@ -71,6 +73,27 @@ def test_a_convolution_stands_where_there_is_none():
     assert small_model(DELTA, 8, conv=3).body.blocks[0].memory.blocks == (Canon(16, 3), DELTA)
     body = small_model((DELTA, ATTENTION), 8, hidden=24, conv=0).body.blocks
     assert [b.memory for b in body] == [DELTA, FeedForward(16, 24), ATTENTION, FeedForward(16, 24)]
+
+
+def test_heads_begin_with_slow_decays():
+    """All but the rates is as `init` has it; Mamba's rates, one for each channel of its state, stay spread."""
+    mom = {"memory": GatedDeltaNet(16, heads=2, head_dim=8), "num_memories": 2, "top_k": 1}
+    models = (small_mixers("gated_delta_net"), small_mixers("mamba2"), small_mixers("mom", dim=16, **mom))
+    for mixers in models:
+        model = small_model(mixers, 8)
+        changed = []
+        before, after = (
+            named(init(jax.random.key(0))) for init in (model.init, functools.partial(small_params, model))
+        )
+        for name, value in before.items():
+            if name.endswith("A_log"):
+                changed.append(name)
+                assert value.any() and not after[name].any()
+            else:
+                np.testing.assert_array_equal(after[name], value)
+        assert len(changed) == 2
+    mamba = small_model(small_mixers("mamba"), 8)
+    jax.tree.map(np.testing.assert_array_equal, small_params(mamba, jax.random.key(0)), mamba.init(jax.random.key(0)))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -175,29 +198,3 @@ def test_refuses():
         with pytest.raises(ConfigError, match=f"Recipe: {name} is "):
             Recipe(**fields)
     assert Recipe.of(Setting((COPY,), {}, "", steps=7), batch=3, steps=None) == Recipe(steps=7, batch=3)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def test_reading_in_pieces_is_reading():
-    model = small_model((DELTA, ATTENTION), 17, conv=4)
-    params = model.init(jax.random.key(0))
-    inputs, _, _ = InductionHeads(30).batch(jax.random.key(1), 2)
-    whole = read(params, inputs, None, model=model, piece=30)
-    logits, _ = jax.jit(model.apply)(params, model.init_state(2), inputs)
-    np.testing.assert_array_equal(whole, logits.argmax(-1))
-    for piece in (7, 15):
-        np.testing.assert_array_equal(read(params, inputs, None, model=model, piece=piece), whole)
-    assert len(set(np.asarray(whole).ravel().tolist())) > 3
-
-
-def test_a_reader_may_have_a_longer_window(trained):
-    model, _ = trained
-    setting = Setting((COPY,), {"T=8": COPY, "T=60": Copying(60, 2, 3, selective=False)}, "here", steps=60, batch=32)
-    reader = small_model(SlidingWindowAttention(16, heads=2, window=64), COPY.vocab, layers=1)
-    short = measure(model, setting, rows=64)
-    long = measure(model, setting, reader=reader, rows=64)
-    assert list(long.scores) == ["T=8", "T=60"] and long.scores["T=8"] == short.scores["T=8"]
-    assert long.steps == 60 and len(long.losses) == 3 and long.losses == short.losses
-    assert long.parameters == model.param_bytes() // 4 and long.state_bytes == model.state_bytes(1)

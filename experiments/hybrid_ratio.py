@@ -1,0 +1,125 @@
+"""Recall against the ratio of linear to full layers: models of four layers, from all linear to all attention.
+
+    python -m experiments.hybrid_ratio --jobs 2   # goes on where it stopped; under an hour on two cores
+    python -m experiments.hybrid_ratio --quick    # one memory, a few steps
+
+A linear layer has one head with a state of 8 x 8, too small for what is asked, so that it shows how far one or two
+layers of attention make up for it. Full layers stand where `HybridStack` puts them. Task and recipe are those of
+`experiments.recall`; the learning rate is chosen for each memory at 1:1.
+
+Source: A systematic analysis of hybrid linear attention, arXiv 2507.06457 (language modelling is flat in the ratio,
+recall is not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments import trainings
+from experiments.trainings import Layers, Run, in_processes, over_sizes, summarised, table
+
+LAYERS = 4
+FULL = "attention"
+RATIOS = (None, 3, 1)
+"""Linear layers to each full one; None: no full one."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained."""
+
+    memories: tuple[str, ...] = ("gated_delta_net", "gla", "retnet")
+    """Names of `memjax list` that have a head_dim, or an expand_k and expand_v, of their own."""
+    head_dim: int = 8
+    """Of a linear layer's one head."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    learning_rates: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
+    """Of which one is chosen for each memory."""
+    steps: int | None = None
+    """Updates; None: those of the task."""
+    rows: int = 1024
+    """Rows that each slice is tested on."""
+    jobs: int = 1
+    """Processes that train side by side, each on its share of the cores: a small training uses one well."""
+    device: str | None = None
+    """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
+    output: Path = Path("build/hybrid_ratio")
+    """Folder for the results, the record and its picture."""
+    record: bool = False
+    """Put record and picture into experiments/records instead of the output folder."""
+    quick: bool = False
+    """One memory, one seed, a few steps: shows that everything runs, not how well."""
+
+
+QUICK: dict[str, Any] = {
+    "memories": ("gated_delta_net",), "seeds": (0,), "learning_rates": (5e-3,), "steps": 20, "rows": 64,
+}  # fmt: skip
+
+
+def layers_of(config: Config, run: Run) -> Layers:
+    """The layers of a run: its size is the number of a ratio."""
+    from memjax.in_state.hybrid_stack import HybridStack
+    from memjax.lm.small import small_mixers
+
+    full = ("sliding_window_attention", {})
+    if run.contestant == FULL:
+        return (full,) * LAYERS
+    mixers = [small_mixers(name, layers=1)[0] for name in (run.contestant, full[0])]
+    stack = HybridStack(*mixers, layers=LAYERS, hidden=1, ratio=RATIOS[run.size])
+    linear = (run.contestant, {"head_dim": config.head_dim})
+    return tuple(full if i in stack.full_layers else linear for i in range(LAYERS))
+
+
+def train(config: Config, run: Run) -> dict[str, Any]:
+    """The result of one run, from its file if it is there."""
+    from memjax.tasks import SETTINGS
+
+    home = config.output / ("quick" if config.quick else "results")
+    layers, bar = layers_of(config, run), config.jobs == 1
+    return trainings.train(run, layers, SETTINGS["mqar"], home, rows=config.rows, steps=config.steps, bar=bar)
+
+
+def results(config: Config, name: str) -> list[dict[str, Any]]:
+    """Every ratio of a memory with every seed, trained or read from its files."""
+    sizes, rates = 1 if name == FULL else len(RATIOS), config.learning_rates
+    return over_sizes(partial(train, config), "hybrid", name, sizes=sizes, learning_rates=rates, seeds=config.seeds)
+
+
+def main(config: Config) -> dict[str, Any]:
+    if config.quick:
+        config = replace(config, **QUICK)
+    import jax
+
+    if config.device:
+        jax.config.update("jax_platforms", config.device)
+    from experiments import RECORDS, settings
+    from memjax import plots
+    from memjax.record import write_record
+
+    names = (*config.memories, FULL)
+    if config.jobs > 1:
+        in_processes(config.jobs, config.device, results, [(config, name) for name in names])
+    rows = [row for name in names for row in results(config, name)]
+    ratio = {i: "all linear" if ratio is None else f"{ratio}:1" for i, ratio in enumerate(RATIOS)}
+    body = {"config": settings(config), "ratios": RATIOS, "recall": summarised(rows), "runs": rows}
+    named = [
+        {**row, "contestant": FULL if row["contestant"] == FULL else f"{row['contestant']} {ratio[row['size']]}"}
+        for row in body["recall"]
+    ]
+    table("recall: share of right answers, mean (worst to best seed)", named)
+    if config.quick:
+        print("quick: nothing is recorded; this shows that everything runs, not how well")
+        return body
+    path = write_record("hybrid_ratio", body, RECORDS if config.record else config.output)
+    plots.plot_recall(path, path.with_name("hybrid_ratio.png"))
+    print(f"wrote {path} and {path.with_name('hybrid_ratio.png')}")
+    return body
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))

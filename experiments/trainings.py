@@ -1,0 +1,188 @@
+"""Small trainings for the experiments that compare memories: each is one file, and one that is there is not made again.
+
+A contestant is a list of layers by catalog name and fields. `train` makes a small language model of them, trains it on
+a setting of `memjax.tasks`, and keeps what came out; `in_processes` does so on several cores at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Layer = tuple[str, dict[str, Any]]
+Layers = tuple[Layer, ...]
+
+
+class Run(NamedTuple):
+    """One training. size: its number among the contestant's sizes. learning_rate: None: that of the setting."""
+
+    part: str
+    contestant: str
+    size: int
+    learning_rate: float | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        rate = "own" if self.learning_rate is None else f"{self.learning_rate:g}"
+        name = self.contestant.replace(":", "-")
+        for mark, instead in ((" ", "_"), (",", ""), ("(", ""), (")", "")):
+            name = name.replace(mark, instead)
+        return f"{self.part}-{name}-{self.size}-{rate}-{self.seed}.json"
+
+
+def models(layers: Layers, setting: Any) -> tuple[Any, Any]:
+    """The model that is trained, and the one that reads the test rows: a longer window where attention is whole."""
+    from memjax.lm.small import small_mixers, small_model
+
+    def build(window: int) -> Any:
+        mixers = []
+        for i, (name, fields) in enumerate(layers):
+            fields = dict(fields)
+            if isinstance(inner := fields.get("memory"), tuple):
+                fields["memory"] = small_mixers(inner[0], layers=1, vocab=setting.vocab, **inner[1])[0]
+            same = small_mixers(name, **{"layers": len(layers), "window": window, "vocab": setting.vocab, **fields})
+            mixers.append(same[i])
+        return small_model(mixers, setting.vocab, hidden=setting.hidden)
+
+    return build(max(task.tokens for task in setting.train)), build(setting.longest)
+
+
+def train(
+    run: Run, layers: Layers, setting: Any, home: Path, *, rows: int, steps: int | None, bar: bool = True
+) -> dict[str, Any]:
+    """The result of one run, from its file in `home` if it is there and of the same layers, recipe and rows.
+
+    rows: that each slice is tested on. steps: None: those of the setting. bar: show one; else a line at the end.
+    """
+    from memjax.record import write_json
+    from memjax.train.evaluation import measure
+    from memjax.train.progress import Progress
+    from memjax.train.small import Recipe
+
+    recipe = Recipe.of(setting, steps=steps, learning_rate=run.learning_rate)
+    about = {**run._asdict(), "layers": layers, "recipe": asdict(recipe), "rows": rows}
+    about = json.loads(json.dumps(about))  # as it stands in a file: lists for tuples
+    if (path := home / run.file).exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if {name: found.get(name) for name in about} == about:
+            return found
+    model, reader = models(layers, setting)
+    title = f"{run.part} {run.contestant} {run.size + 1}/{run.seed}"
+    measured = dict(reader=reader, rows=rows, seed=run.seed)
+    if bar:
+        with Progress(recipe.steps, title, unit="step") as shown:
+            report = lambda n, loss: shown.update(n, loss=loss)  # noqa: E731
+            result = measure(model, setting, recipe, **measured, report=report)
+    else:
+        result = measure(model, setting, recipe, **measured)
+        scores = " ".join(f"{score.accuracy:.3f}" for score in result.scores.values())
+        print(f"{title}, rate {recipe.learning_rate:g}: {scores}, {result.seconds:.0f} s", flush=True)
+    body = {
+        **about,
+        "scores": {name: score._asdict() for name, score in result.scores.items()},
+        "losses": result.losses,
+        "seconds": result.seconds,
+        "step_seconds": result.step_seconds,
+        "parameters": result.parameters,
+        "state_bytes": result.state_bytes,
+        "reader_state_bytes": reader.state_bytes(1),
+    }
+    write_json(path, body)
+    return body
+
+
+def over_sizes(
+    train_one: Callable[[Run], dict[str, Any]],
+    part: str,
+    contestant: str,
+    *,
+    sizes: int,
+    learning_rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+) -> list[dict[str, Any]]:
+    """Every size with every seed, at the learning rate that is best for the middle size with the first seed."""
+    tried = {
+        rate: mean_accuracy(train_one(Run(part, contestant, sizes // 2, rate, seeds[0]))) for rate in learning_rates
+    }
+    best = max(tried, key=lambda rate: tried[rate])
+    return [
+        {**train_one(Run(part, contestant, size, best, seed)), "tried": tried}
+        for size, seed in itertools.product(range(sizes), seeds)
+    ]
+
+
+def in_processes(jobs: int, device: str | None, work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> None:
+    """Call `work` with each of these, on `jobs` processes that have an even share of the cores each.
+
+    What it returns is dropped: it keeps its results in files. `work` is a function of a module. device: platform that
+    they run on.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    spawn = multiprocessing.get_context("spawn")
+    number = spawn.Value("i", 0)
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(number, jobs, device)) as pool:
+        for done in [pool.submit(work, *call) for call in calls]:
+            done.result()
+
+
+def _begin(number: Any, jobs: int, device: str | None) -> None:
+    """Two trainings on all cores take longer than each on its own half, since a small one can't use them."""
+    if device:
+        os.environ["JAX_PLATFORMS"] = device  # jax is not imported yet
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[mine % jobs :: jobs] or cores)
+
+
+def mean_accuracy(result: Mapping[str, Any]) -> float:
+    """Over the slices."""
+    return statistics.fmean(score["accuracy"] for score in result["scores"].values())
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each contestant and size: state bytes, and mean, least and most over the seeds of each slice."""
+    out = []
+    for key in dict.fromkeys((row["contestant"], row["size"]) for row in rows):
+        same = [row for row in rows if (row["contestant"], row["size"]) == key]
+        scores = {name: [row["scores"][name]["accuracy"] for row in same] for name in same[0]["scores"]}
+        out.append({
+            "contestant": key[0], "size": key[1], "state_bytes": same[0]["state_bytes"],
+            "reader_state_bytes": same[0]["reader_state_bytes"],
+            "learning_rate": same[0]["recipe"]["learning_rate"], "seeds": len(same),
+            "step_seconds": statistics.median(row["step_seconds"] for row in same),
+            "mean": {name: statistics.fmean(v) for name, v in scores.items()},
+            "low": {name: min(v) for name, v in scores.items()},
+            "high": {name: max(v) for name, v in scores.items()},
+        })  # fmt: skip
+    return out
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a summary."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from memjax.cli.console import size
+
+    out = Table(title=title, title_justify="left", box=None)
+    slices = list(rows[0]["mean"])
+    for header in ("memory", "state", *slices, "learning rate"):
+        out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
+    for row in rows:
+        spread = row["seeds"] > 1
+        cells = [
+            f"{row['mean'][s]:.3f}" + (f" ({row['low'][s]:.2f}–{row['high'][s]:.2f})" if spread else "") for s in slices
+        ]
+        out.add_row(row["contestant"], size(row["state_bytes"]), *cells, f"{row['learning_rate']:g}")
+    Console().print(out)
