@@ -1,7 +1,8 @@
 """What the linear recurrences of q, k and v share: projections, the state of each head, and checks of their widths.
 
-`GroupedValues` are the heads of the delta rules, `GroupedQueries` those of linear attention. An architecture adds the
-sizes that it is used with, its gates, its recurrence and its output.
+`GroupedValues` are the heads of the gated delta rules, `DecayingKeys` those of Kimi Delta Attention, `ExpandedHeads`
+those of DeltaNet, `GroupedQueries` those of linear attention. An architecture adds the sizes that it is used with, its
+gates, its recurrence and its output.
 """
 
 from __future__ import annotations
@@ -9,9 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from memjax.layers import gate, heads, linear, row
 from memjax.memory import Param, Slot, at_least, constant, dense
-from memjax.recurrence import Recurrence, conv_weight
-from memjax.tensors import Tensor, depthwise, matrix
+from memjax.recurrence import Recurrence, conv_weight, gated_output, inverse_softplus_of_dt, log_rate
+from memjax.tensors import Tensor, depthwise, matrix, same
 
 
 class Heads(Recurrence):
@@ -106,37 +113,81 @@ class GroupedValues(Heads):
 
 
 @dataclass(frozen=True)
-class GroupedQueries(Heads):
-    """Several query heads may share one head of k and v, each with a state of its own.
+class DecayingKeys(GroupedValues):
+    """Each key channel has a decay of its own, made, as the output gate is, by a projection of low rank.
 
-    kv_heads: heads of k and v, a divisor of `heads` (None: as many); query head j reads kv head
-    j // (heads / kv_heads). Keys have dim * expand_k channels over all `heads`, values dim * expand_v.
+    allow_neg_eigval: what is erased is doubled, so that a write can flip an association. lower_bound: the least log
+    decay, from -5 to 0, approached by a sigmoid (None: a softplus, without a bound).
     """
+
+    allow_neg_eigval: bool = False
+    lower_bound: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lower_bound is not None and not -5 <= self.lower_bound < 0:
+            name = type(self).__name__
+            raise ValueError(f"{name}: lower_bound is {self.lower_bound}, needs a log decay of at least -5 and below 0")
+
+    @property
+    def decays(self) -> int:
+        """Heads with decays of their own."""
+        return self.hv
+
+    def param_specs(self):
+        (h, k, low), d = self.S_shape, self.dim
+        f, v = self.decays * k, h * low
+        return {
+            **super().param_specs(),
+            "w_f1": dense(d, low, ("model", None), "gate"),
+            "w_f2": dense(low, f, (None, "heads"), "gate"),
+            "A_log": Param((self.decays,), ("heads",), log_rate() if self.lower_bound is None else constant(0), "gate"),
+            "dt_bias": Param((f,), ("heads",), inverse_softplus_of_dt, "gate"),
+            "w_g1": dense(d, low, ("model", None)),
+            "w_g2": dense(low, v, (None, "heads")),
+            "b_g": Param((v,), ("heads",), constant(0), "vector"),
+        }
+
+    def tensors(self):
+        low_rank = {f"w_{n}{i + 1}": matrix(f"{n}_proj.{i}.weight") for n in "fg" for i in range(2)}
+        vectors = {"A_log": same("A_log"), "dt_bias": same("dt_bias"), "b_g": same("g_proj.1.bias")}
+        return {**super().tensors(), **low_rank, **vectors, "norm": same("o_norm.weight")}
+
+    def log_decay(self, params: dict, x: Float[Array, "b t d"]) -> Float[Array, "b t h k"]:
+        """-exp(A_log) softplus(f), or lower_bound sigmoid(exp(A_log) f), with f = x W_f1 W_f2 + dt_bias in float32."""
+        f = heads(gate(linear(x, params["w_f1"]), params["w_f2"], params["dt_bias"]), self.decays)
+        rate, least = jnp.exp(row(params["A_log"][:, None], f)), self.lower_bound
+        return -rate * jax.nn.softplus(f) if least is None else least * jax.nn.sigmoid(rate * f)
+
+    def output(self, params, o, x):
+        # y = W_o (RMSNorm(o) * sigmoid(x W_g1 W_g2 + b_g))
+        z = jax.nn.sigmoid(linear(linear(x, params["w_g1"]), params["w_g2"], params["b_g"]))
+        return gated_output(params, o, self.norm_eps, z)
+
+
+@dataclass(frozen=True)
+class ExpandedHeads(Heads):
+    """Keys have dim * expand_k channels over all `heads`, values dim * expand_v."""
 
     dim: int
     heads: int
     expand_k: float
     expand_v: float
-    kv_heads: int | None = None
-    norm_eps: float = 1e-5
 
     def __post_init__(self):
         at_least(self, 1, "dim", "heads")
-        name = type(self).__name__
         for field in ("expand_k", "expand_v"):
             width = self.dim * getattr(self, field)
             if width < 1 or width % self.heads:
                 raise ValueError(
-                    f"{name}: {field} is {getattr(self, field)}, needs dim * {field} (here {width:g}) "
+                    f"{type(self).__name__}: {field} is {getattr(self, field)}, needs dim * {field} (here {width:g}) "
                     f"to be a multiple of heads = {self.heads}"
                 )
-        if self.hkv < 1 or self.heads % self.hkv:
-            raise ValueError(f"{name}: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
 
     @property
     def hkv(self) -> int:
         """Heads of k and v."""
-        return self.heads if self.kv_heads is None else self.kv_heads
+        return self.heads
 
     @property
     def k(self) -> int:
@@ -155,3 +206,25 @@ class GroupedQueries(Heads):
     @property
     def S_shape(self) -> tuple[int, int, int]:
         return self.heads, self.k, self.v
+
+
+@dataclass(frozen=True)
+class GroupedQueries(ExpandedHeads):
+    """Several query heads may share one head of k and v, each with a state of its own.
+
+    kv_heads: heads of k and v, a divisor of `heads` (None: as many); query head j reads kv head
+    j // (heads / kv_heads).
+    """
+
+    kv_heads: int | None = None
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hkv < 1 or self.heads % self.hkv:
+            name = type(self).__name__
+            raise ValueError(f"{name}: kv_heads is {self.kv_heads}, needs a divisor of heads = {self.heads}")
+
+    @property
+    def hkv(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads

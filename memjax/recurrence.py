@@ -1,8 +1,9 @@
 """What the layers of linear recurrences share: their two halves, projections with a convolution, decays as in Mamba-2,
-forget gates with a lower bound as in HGRN.
+forget gates with a lower bound as in HGRN, heads of Taylor features as in Based.
 
 A `Recurrence` first recalls (writes its state and reads it), then makes y of what it has read. The halves are apart so
-that a mixture of memories can let several states recall and mix what they read. `memjax.heads` has those with heads.
+that a mixture of memories can let several states recall and mix what they read. `memjax.heads` has those whose heads
+are normalised after the reading.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from memjax.layers import linear, merge, rms_norm, row, short_conv, wide
-from memjax.memory import How, Memory, Param, at_least, constant, normal
-from memjax.tensors import same
+from memjax.memory import How, Memory, Param, Slot, at_least, constant, dense, normal
+from memjax.tensors import matrix, same
+from pallas_kernels.taylor_attention import feature_count
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,45 @@ class LowerBounded(Recurrence):
             return jax.nn.log_sigmoid(logits), jax.nn.sigmoid(-logits)
         lb = row(lower_bound, logits)
         return jnp.log(lb + (1 - lb) * jax.nn.sigmoid(logits)), (1 - lb) * jax.nn.sigmoid(-logits)
+
+
+class TaylorHeads(Recurrence):
+    """A recurrence of the Taylor features of q and k, divided by their sum: heads without a norm or a gate."""
+
+    # Not a dataclass: each architecture has these fields, in an order of its own.
+    heads: ClassVar[int]
+    feature_dim: ClassVar[int]  # width of a head of q and k
+    head_v_dim: ClassVar[int | None]  # width of a head of v, None for dim / heads
+    compressed: ClassVar[bool]  # each product of two features once
+    eps: ClassVar[float]  # added to the denominator
+
+    def __post_init__(self):
+        at_least(self, 1, "dim", "heads", "feature_dim", "head_v_dim")
+        name = type(self).__name__
+        if self.head_v_dim is None and self.dim % self.heads:
+            raise ValueError(f"{name}: heads is {self.heads}, needs a divisor of dim = {self.dim}, or a head_v_dim")
+        if self.eps <= 0:
+            raise ValueError(f"{name}: eps is {self.eps}, needs > 0")
+
+    @property
+    def v(self) -> int:
+        """Width of a value head."""
+        return self.dim // self.heads if self.head_v_dim is None else self.head_v_dim
+
+    def param_specs(self):
+        d, k, v = self.dim, self.heads * self.feature_dim, self.heads * self.v
+        return {"w_q": dense(d, k), "w_k": dense(d, k), "w_v": dense(d, v), "w_o": dense(v, d, ("heads", "model"))}
+
+    def S_slot(self, batch: int) -> Slot:
+        """Sums of features times values, and in the last column of the features alone."""
+        f = feature_count(self.feature_dim, self.compressed)
+        return Slot((batch, self.heads, f, self.v + 1), ("batch", "heads", "key", "value"))
+
+    def tensors(self):
+        return {**{f"w_{n}": matrix(f"proj_{n}.weight") for n in "qkv"}, "w_o": matrix("out_proj.weight")}
+
+    def output(self, params, o, x):
+        return linear(merge(o), params["w_o"])
 
 
 def convolved(

@@ -30,11 +30,10 @@ from typing import ClassVar, NamedTuple
 from jax import Array
 from jaxtyping import Float
 
-from memjax.layers import heads, linear, merge
-from memjax.memory import How, Slot, at_least, dense, specs
-from memjax.recurrence import Recurrence
-from memjax.tensors import matrix
-from pallas_kernels.taylor_attention import IMPLEMENTATIONS, feature_count, taylor_attention
+from memjax.layers import heads, linear
+from memjax.memory import How, specs
+from memjax.recurrence import TaylorHeads
+from pallas_kernels.taylor_attention import IMPLEMENTATIONS, taylor_attention
 
 
 class BasedState(NamedTuple):
@@ -44,7 +43,7 @@ class BasedState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Based(Recurrence):
+class Based(TaylorHeads):
     """Taylor linear attention over x [b, t, dim].
 
     feature_dim: width d of a head of q and k; the state has 1 + d + d^2 rows for each head. compressed: 1 + d +
@@ -62,53 +61,11 @@ class Based(Recurrence):
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v")
 
-    def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "feature_dim", "head_v_dim")
-        if self.head_v_dim is None and self.dim % self.heads:
-            raise ValueError(f"Based: heads is {self.heads}, needs a divisor of dim = {self.dim}, or a head_v_dim")
-        if self.eps <= 0:
-            raise ValueError(f"Based: eps is {self.eps}, needs > 0")
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return self.dim // self.heads if self.head_v_dim is None else self.head_v_dim
-
-    def param_specs(self):
-        k, v = self.heads * self.feature_dim, self.heads * self.v
-        return {
-            "w_q": dense(self.dim, k),
-            "w_k": dense(self.dim, k),
-            "w_v": dense(self.dim, v),
-            "w_o": dense(v, self.dim, ("heads", "model")),
-        }
-
     def state_specs(self, batch):
-        f = feature_count(self.feature_dim, self.compressed)
-        return specs(BasedState, S=Slot((batch, self.heads, f, self.v + 1), ("batch", "heads", "key", "value")))
-
-    def tensors(self):
-        return {
-            "w_q": matrix("proj_q.weight"),
-            "w_k": matrix("proj_k.weight"),
-            "w_v": matrix("proj_v.weight"),
-            "w_o": matrix("out_proj.weight"),
-        }
+        return specs(BasedState, S=self.S_slot(batch))
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
         q, k, v = (heads(linear(x, params[w]), self.heads) for w in ("w_q", "w_k", "w_v"))
-        o, S = taylor_attention(
-            q,
-            k,
-            v,
-            eps=self.eps,
-            compressed=self.compressed,
-            initial_state=state.S,
-            valid=valid,
-            start=start,
-            implementation=how.implementation,
-        )
+        settings = {"eps": self.eps, "compressed": self.compressed, "implementation": how.implementation}
+        o, S = taylor_attention(q, k, v, initial_state=state.S, valid=valid, start=start, **settings)
         return o, BasedState(S)
-
-    def output(self, params, o, x):
-        return linear(merge(o), params["w_o"])

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from memjax.heads import ExpandedHeads
 from memjax.layers import gate, heads, l2_norm, linear, wide
-from memjax.memory import How, Param, Slot, at_least, constant, dense, specs
-from memjax.recurrence import Recurrence, conv_weight, convolved, gated_output
-from memjax.tensors import depthwise, matrix, same
+from memjax.memory import How, at_least, dense, specs
+from memjax.recurrence import convolved, gated_output
+from memjax.tensors import matrix, same
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -54,7 +55,7 @@ class DeltaNetState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DeltaNet(Recurrence):
+class DeltaNet(ExpandedHeads):
     """DeltaNet over x [b, t, dim].
 
     Keys have dim * expand_k channels over all `heads`, values dim * expand_v. conv_size: width of the causal
@@ -65,7 +66,6 @@ class DeltaNet(Recurrence):
     association. use_gate: the output is multiplied by silu(x W_g).
     """
 
-    dim: int
     heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
@@ -80,15 +80,8 @@ class DeltaNet(Recurrence):
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads")
+        super().__post_init__()
         at_least(self, 2, "conv_size")
-        for name in ("expand_k", "expand_v"):
-            width = self.dim * getattr(self, name)
-            if width < 1 or width % self.heads:
-                raise ValueError(
-                    f"DeltaNet: {name} is {getattr(self, name)}, needs dim * {name} (here {width:g}) to be a multiple "
-                    f"of heads = {self.heads}"
-                )
         for name, known in (("qk_activation", ACTIVATIONS), ("qk_norm", NORMS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"DeltaNet: {name} is {getattr(self, name)!r}, needs one of {', '.join(known)}")
@@ -97,48 +90,21 @@ class DeltaNet(Recurrence):
     def own(self) -> tuple[str, ...]:
         return ("w_k", "w_v", "w_b") if self.use_beta else ("w_k", "w_v")
 
-    @property
-    def k(self) -> int:
-        """Width of a key head."""
-        return int(self.dim * self.expand_k) // self.heads
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return int(self.dim * self.expand_v) // self.heads
-
-    @property
-    def qkv(self) -> tuple[int, int, int]:
-        """Widths of q, k and v."""
-        return self.heads * self.k, self.heads * self.k, self.heads * self.v
-
     def param_specs(self):
-        d, (q, k, v) = self.dim, self.qkv
         return {
-            "w_q": dense(d, q),
-            "w_k": dense(d, k),
-            "w_v": dense(d, v),
-            **({"w_b": dense(d, self.heads, kind="gate")} if self.use_beta else {}),
-            **({"w_g": dense(d, v)} if self.use_gate else {}),
-            "w_o": dense(v, d, ("heads", "model")),
-            "conv": conv_weight(self.conv_size, q + k + v),
-            "norm": Param((self.v,), ("value",), constant(1), "vector"),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
+            **({"w_b": dense(self.dim, self.heads, kind="gate")} if self.use_beta else {}),
+            **({"w_g": dense(self.dim, self.heads * self.v)} if self.use_gate else {}),
         }
 
     def state_specs(self, batch):
-        S = Slot((batch, self.heads, self.k, self.v), ("batch", "heads", "key", "value"))
-        conv = Slot((batch, self.conv_size - 1, sum(self.qkv)), ("batch", None, None))
-        return specs(DeltaNetState, S=S, conv=conv)
+        return specs(DeltaNetState, **self.slots(batch))
 
     def tensors(self):
         return {
-            "w_q": matrix("q_proj.weight"),
-            "w_k": matrix("k_proj.weight"),
-            "w_v": matrix("v_proj.weight"),
+            **super().tensors(),
             **({"w_b": matrix("b_proj.weight")} if self.use_beta else {}),
             **({"w_g": matrix("g_proj.weight")} if self.use_gate else {}),
-            "w_o": matrix("o_proj.weight"),
-            "conv": depthwise(*((f"{n}_conv1d.weight", width) for n, width in zip("qkv", self.qkv, strict=True))),
             "norm": same("o_norm.weight"),
         }
 

@@ -10,6 +10,7 @@ Update: Sbar = diag(e^{g_t}) S_{t-1};  u_t = w_t * v_t - Sbar^T (b_t * k_t);  S_
         o_t = k**-0.5 S_t^T q_t
         b_t = sigmoid(x_t W_b);  w_t = sigmoid(x_t W_w);  g_t = -exp(A_log) softplus(x_t W_f1 W_f2 + dt_bias), or with a
         lower bound l < 0  g_t = l sigmoid(exp(A_log) (x_t W_f1 W_f2 + dt_bias))
+        y_t = W_o (RMSNorm(o_t) * sigmoid(x_t W_g1 W_g2 + b_g))
 
 Differs from the paper: only the recurrence is held against it. How x becomes q, k, v, g, b and w and o becomes y is
 that of flash-linear-attention's layer, and that of KDA but for the heads: what belongs to key channels (g, b) belongs
@@ -26,11 +27,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from memjax.heads import GroupedValues
-from memjax.layers import gate, heads, l2_norm, linear, row
-from memjax.memory import How, Param, constant, dense, specs
-from memjax.recurrence import convolved, gated_output, inverse_softplus_of_dt, log_rate
-from memjax.tensors import matrix, same
+from memjax.heads import DecayingKeys
+from memjax.layers import gate, heads, l2_norm
+from memjax.memory import How, dense, specs
+from memjax.recurrence import convolved
+from memjax.tensors import matrix
 from pallas_kernels.delta_rule import IMPLEMENTATIONS, delta_rule
 
 
@@ -42,64 +43,38 @@ class GatedDeltaNet2State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet2(GroupedValues):
+class GatedDeltaNet2(DecayingKeys):
     """Gated DeltaNet-2 over x [b, t, dim].
 
     heads, v_heads, head_dim, expand_v, conv_size: those of `GroupedValues`; decays and erase gates belong to the key
-    heads, write gates to the value heads. allow_neg_eigval: the erase gate runs from 0 to 2 instead of 1, so that a
-    write can flip an association. lower_bound: the least log decay, from -5 to 0, approached by a sigmoid (None: a
-    softplus, without a bound).
+    heads, write gates to the value heads. allow_neg_eigval: the erase gate runs from 0 to 2 instead of 1. lower_bound:
+    as in `DecayingKeys`.
     """
 
     heads: int = 16
     head_dim: int = 128
     expand_v: float = 1.0
-    allow_neg_eigval: bool = False
-    lower_bound: float | None = None
 
     implementations: ClassVar[tuple[str, ...]] = IMPLEMENTATIONS
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_f1", "w_f2", "w_b", "w_w")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lower_bound is not None and not -5 <= self.lower_bound < 0:
-            raise ValueError(
-                f"GatedDeltaNet2: lower_bound is {self.lower_bound}, needs a log decay of at least -5 and below 0"
-            )
+    @property
+    def decays(self) -> int:
+        return self.heads
 
     def param_specs(self):
-        d, (_, k, v), low = self.dim, self.qkv, self.v
-        A_log = log_rate() if self.lower_bound is None else constant(0)
+        _, k, v = self.qkv
         return {
-            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm
-            "w_b": dense(d, k, kind="gate"),
-            "w_w": dense(d, v, kind="gate"),
-            "w_f1": dense(d, low, ("model", None), "gate"),
-            "w_f2": dense(low, k, (None, "heads"), "gate"),
-            "A_log": Param((self.heads,), ("heads",), A_log, "gate"),
-            "dt_bias": Param((k,), ("heads",), inverse_softplus_of_dt, "gate"),
-            "w_g1": dense(d, low, ("model", None)),
-            "w_g2": dense(low, v, (None, "heads")),
-            "b_g": Param((v,), ("heads",), constant(0), "vector"),
+            **super().param_specs(),  # w_q, w_k, w_v, w_o, conv, norm; w_f1, w_f2, A_log, dt_bias; w_g1, w_g2, b_g
+            "w_b": dense(self.dim, k, kind="gate"),
+            "w_w": dense(self.dim, v, kind="gate"),
         }
 
     def state_specs(self, batch):
         return specs(GatedDeltaNet2State, **self.slots(batch))
 
     def tensors(self):
-        return {
-            **super().tensors(),
-            "w_b": matrix("b_proj.weight"),
-            "w_w": matrix("w_proj.weight"),
-            "w_f1": matrix("f_proj.0.weight"),
-            "w_f2": matrix("f_proj.1.weight"),
-            "A_log": same("A_log"),
-            "dt_bias": same("dt_bias"),
-            "w_g1": matrix("g_proj.0.weight"),
-            "w_g2": matrix("g_proj.1.weight"),
-            "b_g": same("g_proj.1.bias"),
-            "norm": same("o_norm.weight"),
-        }
+        return {**super().tensors(), "w_b": matrix("b_proj.weight"), "w_w": matrix("w_proj.weight")}
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How()):
         masks: dict[str, Any] = {"valid": valid, "start": start}
@@ -110,27 +85,11 @@ class GatedDeltaNet2(GroupedValues):
         b = jax.nn.sigmoid(heads(gate(x, params["w_b"]), self.heads)) * (2 if self.allow_neg_eigval else 1)
         w = jax.nn.sigmoid(heads(gate(x, params["w_w"]), self.hv))
         # g = -exp(A_log) softplus(x W_f1 W_f2 + dt_bias)
-        f = heads(gate(linear(x, params["w_f1"]), params["w_f2"], params["dt_bias"]), self.heads)
-        rate, least = jnp.exp(row(params["A_log"][:, None], f)), self.lower_bound
-        g = -rate * jax.nn.softplus(f) if least is None else least * jax.nn.sigmoid(rate * f)
+        g = self.log_decay(params, x)
         # S_t = diag(e^g) S_{t-1} + k u^T, o = k**-0.5 S^T q
         q = q * self.head_dim**-0.5
         b, g = (jnp.repeat(a, self.hv // self.heads, 2) for a in (b, g))
         o, S = delta_rule(
-            q,
-            k,
-            v,
-            None,
-            g,
-            erase=b,
-            write=w,
-            initial_state=state.S,
-            **masks,
-            implementation=how.implementation,
+            q, k, v, None, g, erase=b, write=w, initial_state=state.S, **masks, implementation=how.implementation
         )
         return o, GatedDeltaNet2State(S, conv)
-
-    def output(self, params, o, x):
-        # y = W_o (RMSNorm(o) * sigmoid(x W_g1 W_g2 + b_g))
-        z = jax.nn.sigmoid(linear(linear(x, params["w_g1"]), params["w_g2"], params["b_g"]))
-        return gated_output(params, o, self.norm_eps, z)

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from memjax.layers import beside, heads, linear, merge, positions, segments
+from memjax.layers import beside, heads, linear, positions, segments
 from memjax.memory import How, Slot, at_least, dense, specs
-from memjax.recurrence import Recurrence
+from memjax.recurrence import TaylorHeads
 from memjax.tensors import matrix
-from pallas_kernels.taylor_attention import IMPLEMENTATIONS, feature_count, taylor_attention
+from pallas_kernels.taylor_attention import IMPLEMENTATIONS, taylor_attention
 
 
 class PrefixLinearAttentionState(NamedTuple):
@@ -44,7 +44,7 @@ class PrefixLinearAttentionState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PrefixLinearAttention(Recurrence):
+class PrefixLinearAttention(TaylorHeads):
     """Prefix linear attention over x [b, t, dim].
 
     enc_length: tokens of a document that are encoded, 0 for none (`Based`). The other fields are those of `Based`:
@@ -64,45 +64,20 @@ class PrefixLinearAttention(Recurrence):
     own: ClassVar[tuple[str, ...]] = ("w_k", "w_v", "w_k_enc", "w_v_enc")
 
     def __post_init__(self):
-        at_least(self, 1, "dim", "heads", "feature_dim", "head_v_dim")
+        super().__post_init__()
         at_least(self, 0, "enc_length")
-        if self.head_v_dim is None and self.dim % self.heads:
-            raise ValueError(
-                f"PrefixLinearAttention: heads is {self.heads}, needs a divisor of dim = {self.dim}, or a head_v_dim"
-            )
-        if self.eps <= 0:
-            raise ValueError(f"PrefixLinearAttention: eps is {self.eps}, needs > 0")
-
-    @property
-    def v(self) -> int:
-        """Width of a value head."""
-        return self.dim // self.heads if self.head_v_dim is None else self.head_v_dim
 
     def param_specs(self):
-        k, v = self.heads * self.feature_dim, self.heads * self.v
-        return {
-            "w_q": dense(self.dim, k),
-            "w_k": dense(self.dim, k),
-            "w_v": dense(self.dim, v),
-            "w_k_enc": dense(self.dim, k),
-            "w_v_enc": dense(self.dim, v),
-            "w_o": dense(v, self.dim, ("heads", "model")),
-        }
+        k, v = dense(self.dim, self.heads * self.feature_dim), dense(self.dim, self.heads * self.v)
+        return {**super().param_specs(), "w_k_enc": k, "w_v_enc": v}
 
     def state_specs(self, batch):
-        f = feature_count(self.feature_dim, self.compressed)
-        S = Slot((batch, self.heads, f, self.v + 1), ("batch", "heads", "key", "value"))
-        return specs(PrefixLinearAttentionState, S=S, count=Slot((batch,), ("batch",), jnp.int32))
+        count = Slot((batch,), ("batch",), jnp.int32)
+        return specs(PrefixLinearAttentionState, S=self.S_slot(batch), count=count)
 
     def tensors(self):
-        return {
-            "w_q": matrix("proj_q.weight"),
-            "w_k": matrix("proj_k.weight"),
-            "w_v": matrix("proj_v.weight"),
-            "w_k_enc": matrix("proj_k_enc.weight"),
-            "w_v_enc": matrix("proj_v_enc.weight"),
-            "w_o": matrix("out_proj.weight"),
-        }
+        encoder = {"w_k_enc": matrix("proj_k_enc.weight"), "w_v_enc": matrix("proj_v_enc.weight")}
+        return {**super().tensors(), **encoder}
 
     def recall(self, params, state, x, *, valid=None, start=None, how: How = How(), encode: bool = True):
         """encode: False reads as decoding does, by the causal sums alone."""
@@ -124,22 +99,10 @@ class PrefixLinearAttention(Recurrence):
             if start is not None:
                 order, start = _documents(segment)
                 q, k, v, valid = (_take(a, order) for a in (q, k, v, valid))
-        o, S = taylor_attention(
-            q,
-            k,
-            v,
-            eps=self.eps,
-            compressed=self.compressed,
-            initial_state=state.S,
-            valid=valid,
-            start=start,
-            implementation=how.implementation,
-        )
+        settings = {"eps": self.eps, "compressed": self.compressed, "implementation": how.implementation}
+        o, S = taylor_attention(q, k, v, initial_state=state.S, valid=valid, start=start, **settings)
         o = o[:, -t:] if order is None else _take(o, jnp.argsort(order, 1)[:, -t:])
         return o, PrefixLinearAttentionState(S, count)
-
-    def output(self, params, o, x):
-        return linear(merge(o), params["w_o"])
 
     def step(self, params, state, x, *, ids=None, valid=None, start=None, how: How = How()):
         x, (valid, start) = x[:, None], (None if a is None else a[:, None] for a in (valid, start))

@@ -9,22 +9,17 @@ import pytest
 
 from memjax.in_state.gdn2 import GatedDeltaNet2
 from memjax.in_state.kda import KDA
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import apply, bad_fields, float64, inputs, l2_norm, qkv, rms_norm, sigmoid
 
 SMALL = GatedDeltaNet2(dim=8, heads=2, head_dim=4)
 
 
 def paper(memory, params, x):
     """y and the final state, in float64, with loops over everything that the equation indexes."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+    p, x = float64(params, x)
     (b, t, _), h, hv, k, v = x.shape, memory.heads, memory.hv, memory.head_dim, memory.v
-    padded = np.concatenate(
-        [np.zeros((b, memory.conv_size - 1, sum(memory.qkv))), x @ np.hstack([p["w_q"], p["w_k"], p["w_v"]])], 1
-    )
-    rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-    q, key, value = np.split(rows * sigmoid(rows), np.cumsum(memory.qkv)[:-1], -1)
-    q, key, value = q.reshape(b, t, h, k), key.reshape(b, t, h, k), value.reshape(b, t, hv, v)
-    q, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, key))
+    q, key, value = qkv(memory, p, x, (h, k), (h, k), (hv, v))
+    q, key = l2_norm(q), l2_norm(key)
     erase = sigmoid(x @ p["w_b"]).reshape(b, t, h, k) * (2 if memory.allow_neg_eigval else 1)
     write = sigmoid(x @ p["w_w"]).reshape(b, t, hv, v)
     f, rate = (x @ p["w_f1"] @ p["w_f2"] + p["dt_bias"]).reshape(b, t, h, k), np.exp(p["A_log"])[:, None]
@@ -40,8 +35,8 @@ def paper(memory, params, x):
                 kept = np.eye(k) - np.outer(now, erase[i, s, c] * now)
                 S[i, j] = kept @ np.diag(np.exp(g[i, s, c])) @ S[i, j] + np.outer(now, write[i, s, j] * value[i, s, j])
                 o[j] = k**-0.5 * S[i, j].T @ q[i, s, c]
-            o = o / np.sqrt((o * o).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-            y[i, s] = (o.reshape(-1) * sigmoid(x[i, s] @ p["w_g1"] @ p["w_g2"] + p["b_g"])) @ p["w_o"]
+            o = rms_norm(o, p["norm"], memory.norm_eps).reshape(-1)
+            y[i, s] = (o * sigmoid(x[i, s] @ p["w_g1"] @ p["w_g2"] + p["b_g"])) @ p["w_o"]
     return y, S
 
 
@@ -92,16 +87,11 @@ def test_without_erasure_and_decay_what_is_written_does_not_depend_on_what_is_th
     np.testing.assert_allclose(added, written, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("v_heads", 3, "a multiple of heads = 2"),
-        ("expand_v", 0.3, "whole"),
-        ("lower_bound", -6.0, "at least -5 and below 0"),
-        ("head_dim", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("v_heads", 3, "a multiple of heads = 2"),
+    ("expand_v", 0.3, "whole"),
+    ("lower_bound", -6.0, "at least -5 and below 0"),
+    ("head_dim", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"GatedDeltaNet2: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

@@ -8,23 +8,16 @@ import numpy as np
 import pytest
 
 from memjax.in_state.gla import GatedLinearAttention
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import apply, bad_fields, float64, inputs, qkv, rms_norm, silu
 
 SMALL = GatedLinearAttention(dim=8, heads=2, gate_low_rank_dim=3)
 
 
 def paper(memory, params, x, decay=True):
     """y and the final state, in float64, with loops over everything that the equations index."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
-    (b, t, _), h, shared, k, v = x.shape, memory.heads, memory.heads // memory.hkv, memory.k, memory.v
-    rows = x @ np.hstack([p["w_q"], p["w_k"], p["w_v"]])
-    if memory.use_short_conv:
-        padded = np.concatenate([np.zeros((b, memory.conv_size - 1, rows.shape[-1])), rows], 1)
-        rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-        rows = rows * sigmoid(rows)
-    q, key, value = (
-        a.reshape(b, t, -1, w) for a, w in zip(np.split(rows, np.cumsum(memory.qkv)[:-1], -1), (k, k, v), strict=True)
-    )
+    p, x = float64(params, x)
+    (b, t, _), h, hkv, k, v = x.shape, memory.heads, memory.hkv, memory.k, memory.v
+    q, key, value = qkv(memory, p, x, (h, k), (hkv, k), (hkv, v))
     gk = -np.log1p(np.exp(-(x @ p["w_gk1"] @ p["w_gk2"] + p["b_gk"]))) / memory.gate_logit_normalizer
     gk = np.maximum(gk, -np.inf if memory.clamp_min is None else memory.clamp_min).reshape(b, t, -1, k) * decay
     S, y = np.zeros((b, h, k, v)), np.zeros_like(x)
@@ -32,14 +25,11 @@ def paper(memory, params, x, decay=True):
         for s in range(t):
             o = np.zeros((h, v))
             for j in range(h):
-                from_kv = j // shared
-                S[i, j] = np.exp(gk[i, s, from_kv])[:, None] * S[i, j] + np.outer(
-                    key[i, s, from_kv], value[i, s, from_kv]
-                )
+                kv = j // (h // hkv)
+                S[i, j] = np.exp(gk[i, s, kv])[:, None] * S[i, j] + np.outer(key[i, s, kv], value[i, s, kv])
                 o[j] = k**-0.5 * S[i, j].T @ q[i, s, j]
-            o = o / np.sqrt((o * o).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-            z = x[i, s] @ p["w_g"] if memory.use_gate else None
-            y[i, s] = (o.reshape(-1) if z is None else o.reshape(-1) * z * sigmoid(z)) @ p["w_o"]
+            o = rms_norm(o, p["norm"], memory.norm_eps).reshape(-1)
+            y[i, s] = (o * silu(x[i, s] @ p["w_g"]) if memory.use_gate else o) @ p["w_o"]
     return y, S
 
 
@@ -99,18 +89,13 @@ def test_no_convolution_no_rows():
     assert convolved.init_state(2).conv.shape == (2, 3, 4 + 4 + 8)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("kv_heads", 3, "a divisor of heads = 2"),
-        ("expand_k", 0.1, "a multiple of heads = 2"),
-        ("expand_v", 0.0, "a multiple of heads = 2"),
-        ("gate_logit_normalizer", 0.0, "> 0"),
-        ("clamp_min", 0.5, "<= 0"),
-        ("gate_low_rank_dim", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("kv_heads", 3, "a divisor of heads = 2"),
+    ("expand_k", 0.1, "a multiple of heads = 2"),
+    ("expand_v", 0.0, "a multiple of heads = 2"),
+    ("gate_logit_normalizer", 0.0, "> 0"),
+    ("clamp_min", 0.5, "<= 0"),
+    ("gate_low_rank_dim", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"GatedLinearAttention: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

@@ -1,7 +1,5 @@
 """HGRN against the equations of the paper, one token after another in numpy, and the bounds that layers share."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,7 @@ import pytest
 
 from memjax.combinators import Repeat, Stack
 from memjax.in_state.hgrn import HGRN
-from memjax.memory import Flow
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import above, apply, bad_fields, float64, inputs, projected, rms_norm, sigmoid, silu
 
 SMALL = HGRN(dim=6)
 STACK = Stack(tuple(HGRN(dim=6, layer=i, layers=3) for i in range(3)))
@@ -18,28 +15,14 @@ STACK = Stack(tuple(HGRN(dim=6, layer=i, layers=3) for i in range(3)))
 
 def paper(memory, params, x, bound=0.0):
     """y and the final state, in float64, with loops over rows and tokens."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
-    b, t, _ = x.shape
-    rows = x @ np.hstack([p["w_i"], p["w_f"]])
-    if memory.use_short_conv:
-        padded = np.concatenate([np.zeros((b, memory.conv_size - 1, rows.shape[-1])), rows], 1)
-        rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-    i, f = np.split(rows, 2, -1)
+    p, x = float64(params, x)
+    i, f = projected(memory, p, x, "w_i", "w_f")
     f = bound + (1 - bound) * sigmoid(f)
-    h, y = np.zeros((b, memory.d)), np.zeros_like(x)
-    for s in range(t):
-        h = f[:, s] * h + i[:, s] * sigmoid(i[:, s]) * (1 - f[:, s])
-        z = x[:, s] @ p["w_g"]
-        o = h / np.sqrt((h * h).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-        y[:, s] = (o * z * sigmoid(z)) @ p["w_o"]
+    h, y = np.zeros((len(x), memory.d)), np.zeros_like(x)
+    for s in range(x.shape[1]):
+        h = f[:, s] * h + silu(i[:, s]) * (1 - f[:, s])
+        y[:, s] = (rms_norm(h, p["norm"], memory.norm_eps) * silu(x[:, s] @ p["w_g"])) @ p["w_o"]
     return y, h
-
-
-def above(memory, params, state, x, bound):
-    """The last of two layers, with its bound."""
-    bounds = jnp.stack([jnp.zeros(memory.d), jnp.broadcast_to(jnp.asarray(bound, jnp.float32), (memory.d,))])
-    y, state = dataclasses.replace(memory, layer=1, layers=2).apply(params, state, Flow(x, {"lower_bounds": bounds}))
-    return y.x, state
 
 
 @pytest.mark.parametrize(
@@ -123,16 +106,11 @@ def test_layers_that_share_bounds_cannot_be_repeated():
         repeated.apply(params, state, x)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("layer", 1, "0 to layers - 1 = 0"),
-        ("layer", -1, "0 to layers - 1 = 0"),
-        ("layers", 0, "at least 1"),
-        ("expand_ratio", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("layer", 1, "0 to layers - 1 = 0"),
+    ("layer", -1, "0 to layers - 1 = 0"),
+    ("layers", 0, "at least 1"),
+    ("expand_ratio", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"HGRN: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

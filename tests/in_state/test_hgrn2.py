@@ -9,24 +9,19 @@ import pytest
 
 from memjax.combinators import Stack
 from memjax.in_state.hgrn2 import HGRN2
-from memjax.memory import Flow
 from pallas_kernels.linear_attention import linear_attention
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import above, apply, bad_fields, float64, inputs, projected, rms_norm, sigmoid, silu
 
 SMALL = HGRN2(dim=8, expand_ratio=4)
 
 
 def paper(memory, params, x, bound=0.0):
     """y and the final state, in float64, with loops over everything that the equations index."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+    p, x = float64(params, x)
     (b, t, d), h, k = x.shape, memory.heads, memory.expand_ratio
-    rows = x @ np.hstack([p["w_q"], p["w_f"], p["w_i"]])
-    if memory.use_short_conv:
-        padded = np.concatenate([np.zeros((b, memory.conv_size - 1, rows.shape[-1])), rows], 1)
-        rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-    q, f, v = np.split(rows, 3, -1)
-    q, f = q * sigmoid(q), bound + (1 - bound) * sigmoid(f)
-    q, f, v = (a.reshape(b, t, h, k) for a in (q, f, v))
+    q, f, v = projected(memory, p, x, "w_q", "w_f", "w_i")
+    f = bound + (1 - bound) * sigmoid(f)
+    q, f, v = (a.reshape(b, t, h, k) for a in (silu(q), f, v))
     S, y = np.zeros((b, h, k, k)), np.zeros_like(x)
     for i in range(b):
         for s in range(t):
@@ -34,16 +29,9 @@ def paper(memory, params, x, bound=0.0):
             for j in range(h):
                 S[i, j] = f[i, s, j][:, None] * S[i, j] + np.outer(1 - f[i, s, j], v[i, s, j])
                 o[j] = k**-0.5 * S[i, j].T @ q[i, s, j]
-            o = o.reshape(d)  # the norm is over all heads together
-            y[i, s] = o / np.sqrt((o * o).mean() + memory.norm_eps) * p["norm"] @ p["w_o"]
+            # the norm is over all heads together
+            y[i, s] = rms_norm(o.reshape(d), p["norm"], memory.norm_eps) @ p["w_o"]
     return y, S
-
-
-def above(memory, params, state, x, bound):
-    """The last of two layers, with its bound."""
-    bounds = jnp.stack([jnp.zeros(memory.dim), jnp.broadcast_to(jnp.asarray(bound, jnp.float32), (memory.dim,))])
-    y, state = dataclasses.replace(memory, layer=1, layers=2).apply(params, state, Flow(x, {"lower_bounds": bounds}))
-    return y.x, state
 
 
 @pytest.mark.parametrize(
@@ -117,15 +105,10 @@ def test_a_layer_above_needs_one_below():
         alone.recall(params, state, x)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("layer", 1, "0 to layers - 1 = 0"),
-        ("layers", 0, "at least 1"),
-        ("expand_ratio", 3, "a divisor of dim = 8"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("layer", 1, "0 to layers - 1 = 0"),
+    ("layers", 0, "at least 1"),
+    ("expand_ratio", 3, "a divisor of dim = 8"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"HGRN2: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

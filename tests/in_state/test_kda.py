@@ -10,22 +10,17 @@ import pytest
 from memjax.in_state.delta_net import DeltaNet
 from memjax.in_state.gated_delta_net import GatedDeltaNet
 from memjax.in_state.kda import KDA
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import apply, bad_fields, float64, inputs, l2_norm, qkv, rms_norm, sigmoid
 
 SMALL = KDA(dim=8, heads=2, head_dim=4)
 
 
 def paper(memory, params, x, decay_first=True):
     """y and the final state, in float64, with loops over everything that the equations index."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
+    p, x = float64(params, x)
     (b, t, _), h, hv, k, v = x.shape, memory.heads, memory.hv, memory.head_dim, memory.v
-    padded = np.concatenate(
-        [np.zeros((b, memory.conv_size - 1, sum(memory.qkv))), x @ np.hstack([p["w_q"], p["w_k"], p["w_v"]])], 1
-    )
-    rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-    q, key, value = np.split(rows * sigmoid(rows), np.cumsum(memory.qkv)[:-1], -1)
-    q, key, value = q.reshape(b, t, h, k), key.reshape(b, t, h, k), value.reshape(b, t, hv, v)
-    q, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (q, key))
+    q, key, value = qkv(memory, p, x, (h, k), (h, k), (hv, v))
+    q, key = l2_norm(q), l2_norm(key)
     beta = sigmoid(x @ p["w_b"]) * (2 if memory.allow_neg_eigval else 1)
     f, rate = (x @ p["w_f1"] @ p["w_f2"] + p["dt_bias"]).reshape(b, t, hv, k), np.exp(p["A_log"])[:, None]
     least = memory.lower_bound
@@ -40,8 +35,8 @@ def paper(memory, params, x, decay_first=True):
                 S[i, j] = (erase @ decay if decay_first else decay @ erase) @ S[i, j]
                 S[i, j] += beta[i, s, j] * np.outer(now, value[i, s, j])
                 o[j] = k**-0.5 * S[i, j].T @ q[i, s, j // (hv // h)]
-            o = o / np.sqrt((o * o).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-            y[i, s] = (o.reshape(-1) * sigmoid(x[i, s] @ p["w_g1"] @ p["w_g2"] + p["b_g"])) @ p["w_o"]
+            o = rms_norm(o, p["norm"], memory.norm_eps).reshape(-1)
+            y[i, s] = (o * sigmoid(x[i, s] @ p["w_g1"] @ p["w_g2"] + p["b_g"])) @ p["w_o"]
     return y, S
 
 
@@ -114,17 +109,12 @@ def test_initial_rates():
     np.testing.assert_array_equal(bounded.init(jax.random.key(0))["A_log"], 0)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("v_heads", 3, "a multiple of heads = 2"),
-        ("expand_v", 0.3, "whole"),
-        ("lower_bound", -6.0, "at least -5 and below 0"),
-        ("lower_bound", 0.0, "at least -5 and below 0"),
-        ("head_dim", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("v_heads", 3, "a multiple of heads = 2"),
+    ("expand_v", 0.3, "whole"),
+    ("lower_bound", -6.0, "at least -5 and below 0"),
+    ("lower_bound", 0.0, "at least -5 and below 0"),
+    ("head_dim", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"KDA: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

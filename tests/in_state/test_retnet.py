@@ -1,14 +1,11 @@
 """RetNet against its parallel form and the recurrence, in numpy, and its rates and positions."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memjax.in_state.retnet import RetNet
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import apply, bad_fields, float64, inputs, qkv, rms_norm, silu
 
 SMALL = RetNet(dim=8, heads=2)
 
@@ -25,27 +22,19 @@ def turned(x, position, theta):
 
 def paper(memory, params, x):
     """y and the final state, in float64, with loops over everything that the equations index."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
-    (b, t, _), h, shared, k, v = x.shape, memory.heads, memory.heads // memory.hkv, memory.k, memory.v
-    rows = x @ np.hstack([p["w_q"], p["w_k"], p["w_v"]])
-    if memory.use_short_conv:
-        padded = np.concatenate([np.zeros((b, memory.conv_size - 1, rows.shape[-1])), rows], 1)
-        rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-        rows = rows * sigmoid(rows)
-    q, key, value = (
-        a.reshape(b, t, -1, w) for a, w in zip(np.split(rows, np.cumsum(memory.qkv)[:-1], -1), (k, k, v), strict=True)
-    )
+    p, x = float64(params, x)
+    (b, t, _), h, hkv, k, v = x.shape, memory.heads, memory.hkv, memory.k, memory.v
+    q, key, value = qkv(memory, p, x, (h, k), (hkv, k), (hkv, v))
     S, y = np.zeros((b, h, k, v)), np.zeros_like(x)
     for i in range(b):
         for s in range(t):
             o = np.zeros((h, v))
             for j in range(h):
-                gamma, kv = 1 - 2.0 ** (-5 - j), j // shared
+                gamma, kv = 1 - 2.0 ** (-5 - j), j // (h // hkv)
                 S[i, j] = gamma * S[i, j] + np.outer(turned(key[i, s, kv], s, memory.theta), value[i, s, kv])
                 o[j] = k**-0.5 * S[i, j].T @ turned(q[i, s, j], s, memory.theta)
-            o = o / np.sqrt((o * o).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-            z = x[i, s] @ p["w_g"] if memory.use_gate else None
-            y[i, s] = (o.reshape(-1) if z is None else o.reshape(-1) * z * sigmoid(z)) @ p["w_o"]
+            o = rms_norm(o, p["norm"], memory.norm_eps).reshape(-1)
+            y[i, s] = (o * silu(x[i, s] @ p["w_g"]) if memory.use_gate else o) @ p["w_o"]
     return y, S
 
 
@@ -92,17 +81,12 @@ def test_the_rates_of_many_heads():
     np.testing.assert_allclose(np.exp(RetNet(dim=16).log_decay[[0, 1, 7]]), [1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 4096])
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("kv_heads", 3, "a divisor of heads = 2"),
-        ("expand_k", 0.25, "a multiple of 4"),
-        ("expand_v", 0.1, "a multiple of heads = 2"),
-        ("theta", 0.0, "> 0"),
-        ("heads", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("kv_heads", 3, "a divisor of heads = 2"),
+    ("expand_k", 0.25, "a multiple of 4"),
+    ("expand_v", 0.1, "a multiple of heads = 2"),
+    ("theta", 0.0, "> 0"),
+    ("heads", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"RetNet: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})

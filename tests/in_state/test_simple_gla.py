@@ -9,23 +9,16 @@ import pytest
 
 from memjax import tensors
 from memjax.in_state.simple_gla import SimpleGatedLinearAttention
-from tests.in_state.layer import apply, inputs, sigmoid
+from tests.in_state.layer import apply, bad_fields, float64, inputs, qkv, rms_norm, silu
 
 SMALL = SimpleGatedLinearAttention(dim=8, heads=2, use_short_conv=False)
 
 
 def paper(memory, params, x, log_decay=None):
     """y and the final state, in float64, with loops over everything that the equations index."""
-    p, x = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, x))
-    (b, t, _), h, shared, k, v = x.shape, memory.heads, memory.heads // memory.hkv, memory.k, memory.v
-    rows = x @ np.hstack([p["w_q"], p["w_k"], p["w_v"]])
-    if memory.use_short_conv:
-        padded = np.concatenate([np.zeros((b, memory.conv_size - 1, rows.shape[-1])), rows], 1)
-        rows = sum(p["conv"][j] * padded[:, j : j + t] for j in range(memory.conv_size))
-        rows = rows * sigmoid(rows)
-    q, key, value = (
-        a.reshape(b, t, -1, w) for a, w in zip(np.split(rows, np.cumsum(memory.qkv)[:-1], -1), (k, k, v), strict=True)
-    )
+    p, x = float64(params, x)
+    (b, t, _), h, hkv, k, v = x.shape, memory.heads, memory.hkv, memory.k, memory.v
+    q, key, value = qkv(memory, p, x, (h, k), (hkv, k), (hkv, v))
     g = -np.log1p(np.exp(-(x @ p["w_gk"] + p["b_gk"]))) / memory.gate_logit_normalizer
     g = g if log_decay is None else np.full_like(g, log_decay)
     S, y = np.zeros((b, h, k, v)), np.zeros_like(x)
@@ -33,11 +26,11 @@ def paper(memory, params, x, log_decay=None):
         for s in range(t):
             o = np.zeros((h, v))
             for j in range(h):
-                S[i, j] = np.exp(g[i, s, j]) * S[i, j] + np.outer(key[i, s, j // shared], value[i, s, j // shared])
+                kv = j // (h // hkv)
+                S[i, j] = np.exp(g[i, s, j]) * S[i, j] + np.outer(key[i, s, kv], value[i, s, kv])
                 o[j] = k**-0.5 * S[i, j].T @ q[i, s, j]
-            o = o / np.sqrt((o * o).mean(-1, keepdims=True) + memory.norm_eps) * p["norm"]
-            z = x[i, s] @ p["w_g"]
-            y[i, s] = (o.reshape(-1) * z * sigmoid(z)) @ p["w_o"]
+            o = rms_norm(o, p["norm"], memory.norm_eps).reshape(-1)
+            y[i, s] = (o * silu(x[i, s] @ p["w_g"])) @ p["w_o"]
     return y, S
 
 
@@ -75,17 +68,12 @@ def test_every_parameter_has_a_tensor():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-@pytest.mark.parametrize(
-    "field, value, needs",
-    [
-        ("kv_heads", 3, "a divisor of heads = 2"),
-        ("expand_k", 0.1, "a multiple of heads = 2"),
-        ("expand_v", 0.0, "a multiple of heads = 2"),
-        ("gate_logit_normalizer", 0.0, "> 0"),
-        ("heads", 0, "at least 1"),
-        ("conv_size", 1, "at least 2"),
-    ],
+test_bad_fields = bad_fields(
+    SMALL,
+    ("kv_heads", 3, "a divisor of heads = 2"),
+    ("expand_k", 0.1, "a multiple of heads = 2"),
+    ("expand_v", 0.0, "a multiple of heads = 2"),
+    ("gate_logit_normalizer", 0.0, "> 0"),
+    ("heads", 0, "at least 1"),
+    ("conv_size", 1, "at least 2"),
 )
-def test_bad_fields(field, value, needs):
-    with pytest.raises(ValueError, match=f"SimpleGatedLinearAttention: {field} is {value}, needs .*{needs}"):
-        dataclasses.replace(SMALL, **{field: value})
