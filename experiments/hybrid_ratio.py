@@ -36,7 +36,7 @@ class Config:
     head_dim: int = 8
     """Of a linear layer's one head."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
+    learning_rates: tuple[float, ...] = (5e-3, 1.2e-2)
     """Of which one is chosen for each memory."""
     steps: int | None = None
     """Updates; None: those of the task."""

@@ -183,6 +183,18 @@ def accumulator(*arrays: Array | None) -> DTypeLike:
     return jnp.float64 if any(a is not None and a.dtype == jnp.float64 for a in arrays) else jnp.float32
 
 
+def chunk_size_for(op: str, chunk_size: int | None, k: int, v: int) -> int:
+    """The chunk_size that is given, or for None the width of a key or a value, whichever is narrower, as a power of two
+    from 16 to 64: then a token costs about as much inside its chunk as on the state.
+
+    Raises ValueError unless it is a power of two: chunks are halved again and again.
+    """
+    if chunk_size is None:
+        return min(64, max(16, 1 << (min(k, v) - 1).bit_length()))
+    check_chunk_size(op, chunk_size)
+    return chunk_size
+
+
 def check_chunk_size(op: str, chunk_size: int) -> None:
     """Raises ValueError unless chunk_size is a power of two: chunks are halved again and again."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):

@@ -5,11 +5,18 @@ warnings are errors, and which tests run by default, stands in pyproject.toml.)
 """
 
 import os
+from importlib.metadata import version
 
 # Tests don't depend on the accelerator that happens to be there. Eight devices, because the sharded law needs more
-# than one and two would not tell an axis from its neighbour. JAX reads both when it is imported, hence before it.
+# than one and two would not tell an axis from its neighbour. Most of the time of small tests is compilation, so XLA
+# leaves out the passes that change speed and not results; goldens, notebooks and experiments in .ci/run do without
+# these flags. (The slow emitters can be switched off up to jax 0.10 only: later ones refuse the name.) JAX reads both
+# variables when it is imported, hence before it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+flags += ["--xla_llvm_disable_expensive_passes=true"]
+flags += ["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -28,7 +28,7 @@ def delta_rule(
     initial_state: Float[Array, "b h k v"] | None = None,
     valid: Bool[Array, "b t"] | None = None,
     start: Bool[Array, "b t"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     inverse_precision: Precision = "float32",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
@@ -57,7 +57,8 @@ def delta_rule(
       valid: [b t], False where a token changes nothing, whatever stands in its inputs (NaN too); its o is 0.
       start: [b t], True where the state is cleared before the token, even if that is not valid, so that packed
         documents don't see each other.
-      chunk_size: rows of k per chunk of the chunked forms, a power of two.
+      chunk_size: rows of k per chunk of the chunked forms, a power of two. None: 16 to 64, as wide as a key or a
+        value.
       inverse_precision: of the products that invert a triangular matrix in the chunked forms, "float32" (that of the
         state, which may be float64), "bf16x3" or "bf16"; `triangular.unit_lower_inverse` says what it costs.
       implementation: "reference" (a scan over rows, the definition), "xla" (chunks, any device), or None: the fastest
@@ -99,7 +100,7 @@ def delta_rule(
     dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
     dispatch.check_float(op, q=q, k=k, v=v, **rates, log_decay=log_decay, initial_state=initial_state)
-    dispatch.check_chunk_size(op, chunk_size)
+    chunk_size = dispatch.chunk_size_for(op, chunk_size, d, e)
     dispatch.check_choice(op, "inverse_precision", inverse_precision, PRECISIONS)
 
     dtype = dispatch.accumulator(q, k, v, beta, erase, write, log_decay, initial_state)

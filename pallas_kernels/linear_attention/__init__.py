@@ -19,7 +19,7 @@ def linear_attention(
     initial_state: Float[Array, "b h k v"] | None = None,
     valid: Bool[Array, "b t"] | None = None,
     start: Bool[Array, "b t"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """S_t = diag(e^{log_decay_t}) S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t.
@@ -35,7 +35,7 @@ def linear_attention(
         o is 0.
       start: [b t], True where the state is cleared before the token, even one that is not valid, so that packed
         documents don't see each other.
-      chunk_size: tokens per chunk of the chunked forms, a power of two.
+      chunk_size: tokens per chunk of the chunked forms, a power of two. None: 16 to 64, as wide as a key or a value.
       implementation: "reference" (a scan over tokens, the definition), "xla" (chunks, any device), or None: the
         fastest for the shape and for what is asked for. "xla" and None have reverse-mode derivatives only.
 
@@ -62,7 +62,7 @@ def linear_attention(
     dispatch.check_shape(op, "initial_state", initial_state, (b, h, d, e))
     dispatch.check_masks(op, (b, t), valid=valid, start=start)
     dispatch.check_float(op, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
-    dispatch.check_chunk_size(op, chunk_size)
+    chunk_size = dispatch.chunk_size_for(op, chunk_size, d, e)
 
     dtype = dispatch.accumulator(q, k, v, log_decay, initial_state)
     state = dispatch.initial(initial_state, (b, h, d, e), dtype, start)

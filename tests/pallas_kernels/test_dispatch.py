@@ -146,3 +146,11 @@ def test_measured_rows_are_of_known_ops_and_forms():
             assert row["milliseconds"].keys() == {"reference", "xla"}
             assert min(row["milliseconds"].values()) > 0
             assert np.isfinite([row["t"], row["size"]]).all()
+
+
+def test_chunks_are_as_long_as_heads_are_wide():
+    sizes = {(1, 64): 16, (16, 16): 16, (24, 64): 32, (64, 24): 32, (64, 128): 64, (256, 256): 64}
+    assert {widths: dispatch.chunk_size_for("op", None, *widths) for widths in sizes} == sizes
+    assert dispatch.chunk_size_for("op", 8, 64, 64) == 8
+    with pytest.raises(ValueError, match="op: chunk_size is 24, needs a power of two"):
+        dispatch.chunk_size_for("op", 24, 64, 64)
