@@ -4,8 +4,8 @@
     python -m experiments.hybrid_ratio --quick    # one memory, a few steps
 
 A linear layer has one head with a state of 8 x 8, too small for what is asked, so that it shows how far one or two
-layers of attention make up for it. Full layers stand where `HybridStack` puts them. Task and recipe are those of
-`experiments.recall`; the learning rate is chosen for each memory at 1:1.
+layers of attention make up for it. Task and recipe are those of `experiments.recall`; the learning rate is chosen for
+each memory at 3:1 with the full layer first.
 
 Source: A systematic analysis of hybrid linear attention, arXiv 2507.06457 (language modelling is flat in the ratio,
 recall is not).
@@ -23,8 +23,8 @@ from experiments.trainings import Layers, Run, in_processes, over_sizes, summari
 
 LAYERS = 4
 FULL = "attention"
-RATIOS = (None, 3, 1)
-"""Linear layers to each full one; None: no full one."""
+RATIOS = ("4:0", "3:1, full last", "3:1, full first", "2:2, full last", "2:2, full first")
+"""Linear to full layers, and where in its period the full one stands; `HybridStack` has it last."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,15 @@ QUICK: dict[str, Any] = {
 
 def layers_of(config: Config, run: Run) -> Layers:
     """The layers of a run: its size is the number of a ratio."""
-    from memjax.in_state.hybrid_stack import HybridStack
-    from memjax.lm.small import small_mixers
-
-    full = ("sliding_window_attention", {})
+    full, linear = ("sliding_window_attention", {}), (run.contestant, {"head_dim": config.head_dim})
     if run.contestant == FULL:
         return (full,) * LAYERS
-    mixers = [small_mixers(name, layers=1)[0] for name in (run.contestant, full[0])]
-    stack = HybridStack(*mixers, layers=LAYERS, hidden=1, ratio=RATIOS[run.size])
-    linear = (run.contestant, {"head_dim": config.head_dim})
-    return tuple(full if i in stack.full_layers else linear for i in range(LAYERS))
+    ratio, _, place = RATIOS[run.size].partition(", ")
+    linears, fulls = map(int, ratio.split(":"))
+    if not fulls:
+        return (linear,) * LAYERS
+    period = (linear,) * (linears // fulls) + (full,)
+    return (period if place == "full last" else period[::-1]) * fulls
 
 
 def train(config: Config, run: Run) -> dict[str, Any]:
@@ -103,10 +102,9 @@ def main(config: Config) -> dict[str, Any]:
     if config.jobs > 1:
         in_processes(config.jobs, config.device, results, [(config, name) for name in names])
     rows = [row for name in names for row in results(config, name)]
-    ratio = {i: "all linear" if ratio is None else f"{ratio}:1" for i, ratio in enumerate(RATIOS)}
     body = {"config": settings(config), "ratios": RATIOS, "recall": summarised(rows), "runs": rows}
     named = [
-        {**row, "contestant": FULL if row["contestant"] == FULL else f"{row['contestant']} {ratio[row['size']]}"}
+        {**row, "contestant": FULL if row["contestant"] == FULL else f"{row['contestant']} {RATIOS[row['size']]}"}
         for row in body["recall"]
     ]
     table("recall: share of right answers, mean (worst to best seed)", named)

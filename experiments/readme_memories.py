@@ -50,8 +50,8 @@ def hybrid_ratio(record: Record) -> str:
     if record is None:
         return missing(HYBRID)
     by = {(row["contestant"], row["size"]): row["mean"]["K=16"] for row in record["recall"]}
-    ratios = [ratio for ratio in record["ratios"]]
-    header = ("16 pairs, 4 layers", *("all linear" if r is None else f"{r}:1" for r in ratios), "all attention")
+    ratios = record["ratios"]
+    header = ("16 pairs, 4 layers", *ratios, "all full")
     full = f"{by['attention', 0]:.2f}"
     names = [name for name in dict.fromkeys(name for name, _ in by) if name != "attention"]
     rows = [(f"`{name}`, 8 x 8", *(f"{by[name, i]:.2f}" for i in range(len(ratios))), full) for name in names]

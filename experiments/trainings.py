@@ -150,12 +150,13 @@ def mean_accuracy(result: Mapping[str, Any]) -> float:
     return statistics.fmean(score["accuracy"] for score in result["scores"].values())
 
 
-def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each contestant and size: state bytes, and mean, least and most over the seeds of each slice."""
+def summarised(rows: list[dict[str, Any]], score: str = "accuracy") -> list[dict[str, Any]]:
+    """One row for each contestant and size: state bytes, and mean, least and most of a score over the seeds of each
+    slice."""
     out = []
     for key in dict.fromkeys((row["contestant"], row["size"]) for row in rows):
         same = [row for row in rows if (row["contestant"], row["size"]) == key]
-        scores = {name: [row["scores"][name]["accuracy"] for row in same] for name in same[0]["scores"]}
+        scores = {name: [row["scores"][name][score] for row in same] for name in same[0]["scores"]}
         out.append({
             "contestant": key[0], "size": key[1], "state_bytes": same[0]["state_bytes"],
             "reader_state_bytes": same[0]["reader_state_bytes"],
