@@ -291,8 +291,8 @@ def _checked(verb):
                 raise ValueError(f"{name}: {label} is {_show(a)}, needs {dtype.__name__}{list(rows)}")
         if self.reads_ids and ids is None and not self.takes_ids:
             raise ValueError(f"{name}: this memory is indexed by tokens, pass ids {list(rows)}")
-        _check_tree(name, "params", self.param_specs(), params)
-        _check_tree(name, "state", self.state_specs(x.shape[0]), state)
+        check_tree(name, "params", self.param_specs(), params)
+        check_tree(name, "state", self.state_specs(x.shape[0]), state)
         if valid is not None:  # whatever stands at an invalid token, NaN included, must not travel
             x = jnp.where(valid.reshape(rows + (1,) * (x.ndim - len(rows))), x, jnp.zeros((), x.dtype))
             ids = None if ids is None else jnp.where(valid, ids, jnp.zeros((), ids.dtype))
@@ -321,7 +321,7 @@ def _check_x(memory: Memory, name: str, x, axes: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: x is {_show(x)}, needs at least one row and one token")
 
 
-def _check_tree(name: str, label: str, specs, tree) -> None:
+def check_tree(name: str, label: str, specs, tree) -> None:
     """Structure and shapes of `tree` against its declaration; dtypes by kind, since tests run them wider."""
     want, got = (dict(_named_leaves(a)) for a in (specs, tree))
     if missing := [k for k in want if k not in got]:

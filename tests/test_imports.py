@@ -37,7 +37,8 @@ CONTRACTS = {"memjax.in_context.cache", "memjax.in_weights.forgetting"}
 CONTRACTS |= {"memjax.in_storage.bank", "memjax.in_storage.bank_files", "memjax.in_storage.bank_manifest"}
 
 # Slow to import, or in need of configuration, or nothing that a user of the contract asked for.
-NOT_UNASKED = "beartype chex flax grain hypothesis matplotlib optax orbax rich safetensors tensorstore tokenizers tyro"
+NOT_UNASKED = "beartype chex equinox flax grain hypothesis matplotlib"
+NOT_UNASKED += " optax orbax rich safetensors tensorstore tokenizers tyro"
 
 
 def module_of(path):

@@ -207,7 +207,7 @@ def test_a_users_memory_passes():
 @pytest.mark.parametrize(
     "bug, law, case",
     [
-        ("decay sign", "bounded", "state.S grew from"),
+        ("decay sign", "bounded", "no padding, no start, fresh rows, read twice)"),
         ("padding", "padding", "state.S off by 1.4e+00, nothing valid (1 row of 1 token, no padding, no start)"),
         ("start", "packing", "(1 row of "),
         ("position", "split", "off by"),

@@ -1,4 +1,4 @@
-"""The command line: `memjax list | train | eval | generate | bank build | bank ask | bank info | bench ops`.
+"""The command line: `memjax list | train | eval | generate | export | bank build | bank ask | bank info | bench ops`.
 
 One file a group of commands. A command is a dataclass, whose fields are its flags (tyro), with `run`. What computes is
 imported in `run`, so that `--help` is quick.
@@ -17,6 +17,7 @@ from memjax.cli import console
 from memjax.cli.bank import Bank
 from memjax.cli.bench import Bench
 from memjax.cli.evaluate import Eval
+from memjax.cli.export import Export
 from memjax.cli.generate import Generate
 from memjax.cli.listing import List
 from memjax.cli.train import Train
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Bank, tyro.conf.subcommand("bank")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
     )

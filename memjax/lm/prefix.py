@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +22,7 @@ import numpy as np
 
 from memjax.errors import CheckpointError
 from memjax.lm.generate import Prefix
-from memjax.lm.weights.tensorfile import TensorFile
+from memjax.lm.weights.tensorfile import TensorFile, has_format, save_tensors
 from memjax.memory import CAPACITY_AXES, Memory, named, to_config
 
 FORMAT, VERSION = "memjax-prefix", "1"
@@ -45,22 +43,8 @@ def save_prefix(path: str | os.PathLike[str], model: Memory, params: dict, prefi
 
     Raises CheckpointError where the file exists and is something else.
     """
-    import safetensors.numpy
-
-    path = Path(path)
-    if path.exists() and not is_prefix(path):
-        raise CheckpointError(f"{path}: exists and is no saved state; it is not overwritten")
-    arrays = {name: np.asarray(a, order="C") for name, a in _arrays(prefix).items()}
     header = {"format": FORMAT, "version": VERSION, "model": fingerprint(model, params), "memory": _config(model)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(8)}")
-    try:
-        safetensors.numpy.save_file(arrays, partial, header)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_tensors(path, {name: np.asarray(a) for name, a in _arrays(prefix).items()}, header, "saved state")
 
 
 def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Prefix:
@@ -100,10 +84,7 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
 
 def is_prefix(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that it is a prefix; `load_prefix` tells whether it is whole."""
-    try:
-        return TensorFile(path).metadata.get("format") == FORMAT
-    except CheckpointError:
-        return False
+    return has_format(path, FORMAT)
 
 
 def _config(model: Memory) -> str:

@@ -4,8 +4,11 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
+import jax
+import jax.export
 import pytest
 from rich.text import Text
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -77,7 +80,7 @@ def test_help_names_the_commands(run):
     for arguments in ((), ("--help",)):
         code, out, _ = run(*arguments)
         assert code == 0
-        assert all(f"• {command}" in out for command in ("list", "train", "generate", "bank"))
+        assert all(f"• {command}" in out for command in ("list", "train", "generate", "export", "bank"))
 
 
 def test_wrong_arguments(run):
@@ -304,6 +307,20 @@ def test_generate_with_published_weights(run, tmp_path):
     tokenizer.save(str(folder / "tokenizer.json"))
     code, out, err = run("generate", folder, "a b", "--tokens", 5)
     assert (code, err) == (0, "") and out.splitlines()[1].startswith("a b")
+
+
+def test_export(run, model, tmp_path):
+    code, out, err = run("export", model, "--out", "m.export", "--batch", 2, "--platforms", "cpu", "tpu")
+    assert (code, err) == (0, "")
+    assert "wrote m.export, " in out and "for cpu, tpu" in out and "2 rows, state " in out
+    file = load_file(tmp_path / "m.export")
+    params = load_file(model / "params.safetensors")
+    assert file.keys() == params.keys() | {"program.init_state", "program.step"}
+    assert jax.export.deserialize(bytearray(file["program.step"])).platforms == ("cpu", "tpu")
+    assert_refused(run("export", model, "--out", "m.export", "--batch", 0), "--batch is 0, needs at least 1")
+    assert_refused(run("export", "nowhere", "--out", "m.export"), "nowhere: ")
+    (tmp_path / "notes").write_text("mine")
+    assert_refused(run("export", model, "--out", "notes"), "notes: exists and is no export")
 
 
 def test_train_refuses(run, corpus):

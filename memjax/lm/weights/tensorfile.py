@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -92,6 +93,38 @@ class TensorFile(Mapping[str, np.ndarray]):
             stream.write(self._head)
             for name, spec in self.specs.items():
                 stream.write(np.ascontiguousarray(arrays[name]).astype(DTYPES[spec.dtype]).tobytes())
+
+
+def save_tensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: dict[str, str], what: str
+) -> None:
+    """Write a file, whole or not at all; one whose metadata has the same "format" is replaced.
+
+    Raises CheckpointError where the file exists and is not what it is going to be.
+    """
+    import safetensors.numpy
+
+    path = Path(path)
+    if path.exists() and not has_format(path, metadata["format"]):
+        raise CheckpointError(f"{path}: exists and is no {what}; it is not overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(8)}")
+    try:
+        # order C: the file takes the bytes as they lie, whatever the strides say
+        safetensors.numpy.save_file({n: np.asarray(a, order="C") for n, a in arrays.items()}, partial, metadata)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def has_format(path: str | os.PathLike[str], name: str) -> bool:
+    """Whether a file's metadata says that it has this format."""
+    try:
+        return TensorFile(path).metadata.get("format") == name
+    except CheckpointError:
+        return False
 
 
 class Shards:
