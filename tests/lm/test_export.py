@@ -95,11 +95,11 @@ def test_a_process_without_memjax_says_the_same(folder, params):
     step, state = jax.jit(MODEL.step), MODEL.init_state(B)
     for t in range(T):
         want, state = step(params, state, tokens[t], valid=valid[t])
-        np.testing.assert_allclose(logits[t], want, atol=1e-6)
+        np.testing.assert_allclose(logits[t], want, atol=1e-5)
     assert kept.keys() == named(state).keys() and len(kept) > 4
     for name, want in named(state).items():
         assert kept[name].dtype == want.dtype
-        np.testing.assert_allclose(kept[name], want, atol=1e-6)
+        np.testing.assert_allclose(kept[name], want, atol=1e-5)
 
 
 def test_what_is_in_the_file(folder, params):
