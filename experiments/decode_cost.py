@@ -138,17 +138,18 @@ def table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from experiments.markdown import tokens
     from memjax.cli.console import size
 
     histories = sorted({row["history"] for row in rows})
     out = Table(title="microseconds of a decoded token after a history", title_justify="left", box=None)
-    for header in ("memory", "state", *(f"{n:,}" for n in histories), "last / first"):
+    for header in ("memory", "state", *map(tokens, histories), "last / first"):
         out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
     for name in dict.fromkeys(row["memory"] for row in rows):
         by = {row["history"]: row for row in rows if row["memory"] == name}
         first, last = by[histories[0]], by[histories[-1]]
         grows = first["state_bytes"] != last["state_bytes"]
-        state = size(first["state_bytes"]) + (f" to {size(last['state_bytes'])}" if grows else "")
+        state = size(first["state_bytes"]) + (" and more" if grows else "")
         medians = [f"{1e6 * by[n]['median']:.0f}" for n in histories]
         out.add_row(name, state, *medians, f"{last['median'] / first['median']:.2f}")
     Console().print(out)

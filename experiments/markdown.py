@@ -13,7 +13,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def tokens(n: int) -> str:
     """16384 -> "16K"; K is 1024."""
-    return f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}K"
+    return f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}K" if n % 1024 == 0 else str(n)
 
 
 def missing(command: str) -> str:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import random
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -90,17 +90,18 @@ def caller(mode: str, op: Callable[..., Any], inputs: Mapping[str, Any], cotange
 def interleave(calls: Mapping[Any, Call], repeats: int) -> dict[Any, list[float]]:
     """`repeats` samples of each, in seconds, taken in turns after WARM_UP rounds that don't count.
 
-    The first of a turn is the last of the next.
+    The order of each turn is drawn anew, the same in every run: what a call leaves in the caches would otherwise always
+    be a burden to the same neighbour.
     """
     samples: dict[Any, list[float]] = {name: [] for name in calls}
-    order = deque(calls)
+    order, rng = list(calls), random.Random(0)
     for turn in range(-WARM_UP, repeats):
         for name in order:
             time.sleep(PAUSE_SECONDS)
             seconds = calls[name]()
             if turn >= 0:
                 samples[name].append(seconds)
-        order.rotate(-1)
+        rng.shuffle(order)
     return samples
 
 

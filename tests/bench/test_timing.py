@@ -1,5 +1,7 @@
 """What the timed programs return, and in which order contestants are run."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,15 +32,21 @@ def test_programs():
 
 
 def test_contestants_take_turns():
-    seen = []
+    def run():
+        seen = []
 
-    def call(name):
-        seen.append(name)
-        return float(len(seen))
+        def call(name):
+            seen.append(name)
+            return float(len(seen))
 
-    samples = timing.interleave({"a": lambda: call("a"), "b": lambda: call("b")}, repeats=3)
-    assert timing.WARM_UP == 2 and seen == list("abbaabbaab")  # every turn begins with another
-    assert samples == {"a": [5.0, 8.0, 9.0], "b": [6.0, 7.0, 10.0]}
+        return timing.interleave({name: functools.partial(call, name) for name in "abc"}, repeats=6), seen
+
+    samples, seen = run()
+    turns = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(turns) == timing.WARM_UP + 6 and all(sorted(turn) == list("abc") for turn in turns)
+    assert len(set(turns)) > 2 and (samples, seen) == run()
+    counted = [(name, i + 1.0) for i, name in enumerate(seen)][3 * timing.WARM_UP :]
+    assert samples == {name: [at for other, at in counted if other == name] for name in "abc"}
 
 
 @pytest.mark.parametrize("mode", timing.MODES)
