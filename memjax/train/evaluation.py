@@ -22,6 +22,9 @@ from memjax.train.small import Recipe, check_vocab, train_on
 LOGITS = 1 << 24
 """Logits that are made at once when rows are read: longer ones are read in pieces."""
 
+PIECE = 512
+"""Tokens that are read at once, at most: what attention keeps of a piece grows with its square."""
+
 
 def evaluate(
     model: Memory,
@@ -37,11 +40,12 @@ def evaluate(
     """The mean score over fresh rows of a task, floats.
 
     rows: how many, rounded up to whole batches. piece: tokens that are read at once, the state carried from one piece
-    to the next; None: as many as make `LOGITS` logits. seed: never gives a row that `train_on` has seen but by chance.
+    to the next; None: as many as make `LOGITS` logits, at most `PIECE`. seed: never gives a row that `train_on` has
+    seen but by chance.
     """
     check_vocab(model, (task,))
     key = jax.random.fold_in(jax.random.key(seed), 2)
-    piece = max(16, LOGITS // (batch * task.vocab)) if piece is None else piece
+    piece = min(PIECE, max(16, LOGITS // (batch * task.vocab))) if piece is None else piece
     found = []
     for i in range(-(-rows // batch)):
         inputs, labels, valid = _rows(jax.random.fold_in(key, i), task=task, size=batch)
