@@ -34,14 +34,16 @@ def recall(record: Record) -> str:
     rows = []
     for row in middle:
         scores = [f"{row['mean'][k]:.2f} ({row['low'][k]:.2f} to {row['high'][k]:.2f})" for k in row["mean"]]
-        passkey = f"{far[row['contestant']][f'T={longest}']:.2f}" if row["contestant"] in far else "–"
-        rows.append((f"`{row['contestant']}`", f"{row['state_bytes']:,}", *scores, passkey))
+        found = far.get(row["contestant"], {}).get(f"T={longest}")
+        passkey = () if not far else ("–" if found is None else f"{found:.2f}",)
+        rows.append((f"`{row['contestant']}`", f"{row['state_bytes']:,}", *scores, *passkey))
     claims = record["claims"]
     said = [
         f"{what}: {'; '.join(text for text, holds in claims.items() if holds == which) or 'none'}."
         for what, which in (("Holds here", True), ("Does not hold here", False))
     ]
-    header = ("memory", "bytes of state", "4 pairs", "8 pairs", "16 pairs", f"passkey, {tokens(longest)} tokens")
+    header = ("memory", "bytes of state", "4 pairs", "8 pairs", "16 pairs")
+    header += (f"passkey, {tokens(longest)} tokens",) if far else ()
     return "\n\n".join((table(header, rows), " ".join(said), source(record, RECALL)))
 
 

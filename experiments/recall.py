@@ -198,9 +198,11 @@ def claims(body: Mapping[str, Any]) -> dict[str, bool]:
     say("Based rises with the window", lambda a, b: over(b, a), ("based", 1), ("based", 2))
     say("MoM is above one memory of its size", over, ("mom", 1), gdn)
     for row in body.get("parity", []):
-        right, both = row["mean"]["T=32"], row["contestant"].endswith("2)")
-        text = f"parity of 32 tokens with {row['contestant']} is " + ("solved" if both else "at chance")
-        found[text] = right > 0.98 if both else right < 0.6
+        both = row["contestant"].endswith("2)")
+        if both:
+            found[f"parity with {row['contestant']} is solved at the length of training"] = row["mean"]["T=32"] > 0.98
+        else:
+            found[f"parity with {row['contestant']} is at chance at twice that length"] = row["mean"]["T=64"] < 0.6
     return found
 
 
