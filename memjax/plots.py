@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -123,9 +124,10 @@ def plot_recall(record_path: str | os.PathLike[str], png_path: str | os.PathLike
     panel = figure.subplots()
     panel.set_xscale("log", base=2)
     lines = sorted(series, key=lambda name: -series[name][-1][1])
-    for i, name in enumerate(lines):
-        points, several = series[name], len(series[name]) > 1
-        color = ANSWERS if name.startswith("attention") else MANY[i % len(MANY)] if several else "#999999"
+    colors = itertools.cycle(MANY)
+    for name in lines:
+        points, several, attention = series[name], len(series[name]) > 1, name.startswith("attention")
+        color = ANSWERS if attention else next(colors) if several else "#999999"
         size, mean, low, high = zip(*points, strict=True)
         spread = [[m - a for m, a in zip(mean, low, strict=True)], [b - m for m, b in zip(mean, high, strict=True)]]
         panel.errorbar(
@@ -133,8 +135,9 @@ def plot_recall(record_path: str | os.PathLike[str], png_path: str | os.PathLike
             markersize=4 if several else 3, label=name, zorder=3 if several else 2,
         )  # fmt: skip
         if not several:
+            above = (4, -9 if attention else 3)  # apart from what else recalls everything
             panel.annotate(
-                name, (size[0], mean[0]), xytext=(4, 3), textcoords="offset points", fontsize=7, color="#666666"
+                name, (size[0], mean[0]), xytext=above, textcoords="offset points", fontsize=7, color="#666666"
             )
     panel.set_ylim(-0.02, 1.03)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g} KB"))
