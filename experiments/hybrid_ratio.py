@@ -27,31 +27,16 @@ RATIOS = ("4:0", "3:1, full last", "3:1, full first", "2:2, full last", "2:2, fu
 """Linear to full layers, and where in its period the full one stands; `HybridStack` has it last."""
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(trainings.Config):
     """What is trained."""
 
     memories: tuple[str, ...] = ("gated_delta_net", "gla", "retnet")
     """Names of `memjax list` that have a head_dim, or an expand_k and expand_v, of their own."""
     head_dim: int = 8
     """Of a linear layer's one head."""
-    seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (5e-3, 1.2e-2)
-    """Of which one is chosen for each memory."""
-    steps: int | None = None
-    """Updates; None: those of the task."""
-    rows: int = 1024
-    """Rows that each slice is tested on."""
-    jobs: int = 1
-    """Processes that train side by side, each on its share of the cores: a small training uses one well."""
-    device: str | None = None
-    """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
     output: Path = Path("build/hybrid_ratio")
-    """Folder for the results, the record and its picture."""
-    record: bool = False
-    """Put record and picture into experiments/records instead of the output folder."""
-    quick: bool = False
-    """One memory, one seed, a few steps: shows that everything runs, not how well."""
 
 
 QUICK: dict[str, Any] = {
@@ -76,9 +61,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     """The result of one run, from its file if it is there."""
     from memjax.tasks import SETTINGS
 
-    home = config.output / ("quick" if config.quick else "results")
-    layers, bar = layers_of(config, run), config.jobs == 1
-    return trainings.train(run, layers, SETTINGS["mqar"], home, rows=config.rows, steps=config.steps, bar=bar)
+    return trainings.train(config, run, layers_of(config, run), SETTINGS["mqar"])
 
 
 def results(config: Config, name: str) -> list[dict[str, Any]]:

@@ -21,34 +21,17 @@ from experiments import trainings
 from experiments.trainings import Layers, Run, in_processes, over_sizes, summarised, table
 
 Part = Literal["recall", "parity", "length"]
-SLICES = ("K=4", "K=8", "K=16")
 ATTENTION = "attention"
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(trainings.Config):
     """What is trained."""
 
     parts: tuple[Part, ...] = ("recall", "parity", "length")
     memories: tuple[str, ...] = ()
     """Names of the table below; none: all."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
-    """Of which one is chosen for each memory."""
-    steps: int | None = None
-    """Updates; None: those of the task."""
-    rows: int = 1024
-    """Rows that each slice is tested on."""
-    jobs: int = 1
-    """Processes that train side by side, each on its share of the cores: a small training uses one well."""
-    device: str | None = None
-    """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
     output: Path = Path("build/recall")
-    """Folder for the results, the record and its picture."""
-    record: bool = False
-    """Put record and picture into experiments/records instead of the output folder."""
-    quick: bool = False
-    """Two memories, one seed, a few steps: shows that everything runs, not how well."""
 
 
 QUICK: dict[str, Any] = {
@@ -136,9 +119,7 @@ def layers_of(run: Run) -> Layers:
 
 def train(config: Config, run: Run) -> dict[str, Any]:
     """The result of one run, from its file if it is there."""
-    home = config.output / ("quick" if config.quick else "results")
-    setting, bar = setting_of(run.part), config.jobs == 1
-    return trainings.train(run, layers_of(run), setting, home, rows=config.rows, steps=config.steps, bar=bar)
+    return trainings.train(config, run, layers_of(run), setting_of(run.part))
 
 
 # ---------------------------------------------------------------------------------------------- the parts

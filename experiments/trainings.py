@@ -11,12 +11,35 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Layer = tuple[str, dict[str, Any]]
 Layers = tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the experiments that train small models have alike."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    learning_rates: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
+    """Of which one is chosen for each memory."""
+    steps: int | None = None
+    """Updates; None: those of the task."""
+    rows: int = 1024
+    """Rows that each slice is tested on."""
+    jobs: int = 1
+    """Processes that train side by side, each on its share of the cores: a small training uses one well."""
+    device: str | None = None
+    """Platform to run on: cpu, gpu or tpu; by default the best that jax finds."""
+    output: Path
+    """Folder for the results, the record and its picture."""
+    record: bool = False
+    """Put record and picture into experiments/records instead of the output folder."""
+    quick: bool = False
+    """Few memories, one seed, a few steps: shows that everything runs, not how well."""
 
 
 class Run(NamedTuple):
@@ -54,29 +77,25 @@ def models(layers: Layers, setting: Any) -> tuple[Any, Any]:
     return build(max(task.tokens for task in setting.train)), build(setting.longest)
 
 
-def train(
-    run: Run, layers: Layers, setting: Any, home: Path, *, rows: int, steps: int | None, bar: bool = True
-) -> dict[str, Any]:
-    """The result of one run, from its file in `home` if it is there and of the same layers, recipe and rows.
-
-    rows: that each slice is tested on. steps: None: those of the setting. bar: show one; else a line at the end.
-    """
+def train(config: Config, run: Run, layers: Layers, setting: Any) -> dict[str, Any]:
+    """The result of one run, from its file if it is there and of the same layers, recipe and rows."""
     from memjax.record import write_json
     from memjax.train.evaluation import measure
     from memjax.train.progress import Progress
     from memjax.train.small import Recipe
 
-    recipe = Recipe.of(setting, steps=steps, learning_rate=run.learning_rate)
-    about = {**run._asdict(), "layers": layers, "recipe": asdict(recipe), "rows": rows}
+    recipe = Recipe.of(setting, steps=config.steps, learning_rate=run.learning_rate)
+    about = {**run._asdict(), "layers": layers, "recipe": asdict(recipe), "rows": config.rows}
     about = json.loads(json.dumps(about))  # as it stands in a file: lists for tuples
-    if (path := home / run.file).exists():
+    path = config.output / ("quick" if config.quick else "results") / run.file
+    if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         if {name: found.get(name) for name in about} == about:
             return found
     model, reader = models(layers, setting)
     title = f"{run.part} {run.contestant} {run.size + 1}/{run.seed}"
-    measured = dict(reader=reader, rows=rows, seed=run.seed)
-    if bar:
+    measured = dict(reader=reader, rows=config.rows, seed=run.seed)
+    if config.jobs == 1:
         with Progress(recipe.steps, title, unit="step") as shown:
             report = lambda n, loss: shown.update(n, loss=loss)  # noqa: E731
             result = measure(model, setting, recipe, **measured, report=report)
@@ -84,16 +103,7 @@ def train(
         result = measure(model, setting, recipe, **measured)
         scores = " ".join(f"{score.accuracy:.3f}" for score in result.scores.values())
         print(f"{title}, rate {recipe.learning_rate:g}: {scores}, {result.seconds:.0f} s", flush=True)
-    body = {
-        **about,
-        "scores": {name: score._asdict() for name, score in result.scores.items()},
-        "losses": result.losses,
-        "seconds": result.seconds,
-        "step_seconds": result.step_seconds,
-        "parameters": result.parameters,
-        "state_bytes": result.state_bytes,
-        "reader_state_bytes": reader.state_bytes(1),
-    }
+    body = {**about, **result.plain(), "reader_state_bytes": reader.state_bytes(1)}
     write_json(path, body)
     return body
 

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -357,6 +357,11 @@ def named(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path, "body.0.memory.w_q", in the order of the tree."""
     keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(specs: Any, flat: Mapping[str, Any]) -> Any:
+    """The tree whose leaves stand in `flat` by dotted path; specs: any tree of its structure."""
+    return jax.tree.unflatten(jax.tree.structure(specs), [flat[name] for name in named(specs)])
 
 
 def to_config(memory: Any) -> Any:

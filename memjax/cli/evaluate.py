@@ -119,7 +119,7 @@ class Eval(Command):
                 "seeds": self.seeds,
                 "rows": self.rows,
                 "chance": {name: task.chance for name, task in setting.test.items()},
-                "results": [_plain(result) for result in results],
+                "results": [result.plain() for result in results],
             }
             write_json(self.json, body)
             out.print(f"wrote {self.json}", style="green", soft_wrap=True)
@@ -155,12 +155,6 @@ class Eval(Command):
             )
         except ConfigError as error:
             raise ConfigError(f"--memory {self.memory}: {error}") from None
-
-
-def _plain(result: Any) -> dict[str, Any]:
-    """A `memjax.train.evaluation.Result` without the parameters."""
-    scores = {name: score._asdict() for name, score in result.scores.items()}
-    return {name: value for name, value in result._asdict().items() if name != "params"} | {"scores": scores}
 
 
 # ---------------------------------------------------------------------------------------------- tables

@@ -35,7 +35,7 @@ import numpy as np
 
 from memjax.errors import ConfigError
 from memjax.lm.weights.tensorfile import save_tensors
-from memjax.memory import How, Memory, check_tree, named, to_config
+from memjax.memory import How, Memory, check_tree, named, nested, to_config
 from pallas_kernels.dispatch import KERNELS
 
 FORMAT, VERSION = "memjax-export", "1"
@@ -63,7 +63,7 @@ def export_step(
     check_tree("export_step", "params", specs, params)
 
     def step(params, state, token, valid):
-        logits, state = model.step(_nested(specs, params), _nested(states, state), token, valid=valid, how=how)
+        logits, state = model.step(nested(specs, params), nested(states, state), token, valid=valid, how=how)
         return logits, named(state)
 
     row = lambda dtype: jax.ShapeDtypeStruct((batch,), dtype)  # noqa: E731
@@ -141,8 +141,3 @@ def _export(program: Callable[..., Any], platforms: tuple[str, ...], *shapes: An
 def _shapes(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """What stands in the flat dict of a tree of arrays, of their shapes or of their declarations."""
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in named(tree).items()}
-
-
-def _nested(specs: Any, flat: dict[str, Any]) -> Any:
-    """The tree of a flat dict."""
-    return jax.tree.unflatten(jax.tree.structure(specs), [flat[name] for name in named(specs)])

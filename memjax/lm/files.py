@@ -27,7 +27,7 @@ import numpy as np
 
 from memjax.data.tokenizer import Tokenizer, load_tokenizer
 from memjax.errors import CheckpointError, ConfigError, TokenizerError
-from memjax.memory import Memory, from_config, named, to_config
+from memjax.memory import Memory, from_config, named, nested, to_config
 
 FORMAT, VERSION = "memjax-model", 1
 CONFIG, PARAMS, TOKENIZER = "config.json", "params.safetensors", "tokenizer.json"
@@ -149,7 +149,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         raise TokenizerError(f"{path / TOKENIZER}: its hash is {found}..., the model needs {needs}...")
     _check_model(str(path), model, tokenizer)
     specs = model.param_specs()
-    params = jax.tree.unflatten(jax.tree.structure(specs), [jnp.asarray(arrays[name]) for name in named(specs)])
+    params = jax.tree.map(jnp.asarray, nested(specs, arrays))
     return LoadedModel(model, params, tokenizer, reading, config["hash"])
 
 

@@ -16,14 +16,13 @@ import json
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memjax.errors import CheckpointError
 from memjax.lm.generate import Prefix
 from memjax.lm.weights.tensorfile import TensorFile, has_format, save_tensors
-from memjax.memory import CAPACITY_AXES, Memory, named, to_config
+from memjax.memory import CAPACITY_AXES, Memory, named, nested, to_config
 
 FORMAT, VERSION = "memjax-prefix", "1"
 
@@ -78,8 +77,8 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
             raise CheckpointError(f"{path}: array {name!r} is {a.dtype.name}{list(a.shape)}, needs {needs}")
     if extra := file.specs.keys() - expected.keys() - {"logits"}:
         raise CheckpointError(f"{path}: array {min(extra)!r} is none of this model")
-    leaves = [jnp.array(file[name]) for name in expected]
-    return Prefix(jax.tree.unflatten(jax.tree.structure(specs), leaves), jnp.array(logits))
+    state = nested(specs, {name: jnp.array(file[f"state.{name}"]) for name in named(specs)})
+    return Prefix(state, jnp.array(logits))
 
 
 def is_prefix(path: str | os.PathLike[str]) -> bool:

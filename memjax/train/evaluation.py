@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,11 @@ class Result(NamedTuple):
     parameters: int
     state_bytes: int
     params: dict
+
+    def plain(self) -> dict[str, Any]:
+        """What a file keeps of it: all but the parameters, as JSON has it."""
+        scores = {name: score._asdict() for name, score in self.scores.items()}
+        return {name: value for name, value in self._asdict().items() if name != "params"} | {"scores": scores}
 
 
 def measure(
