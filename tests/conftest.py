@@ -5,18 +5,9 @@ warnings are errors, and which tests run by default, stands in pyproject.toml.)
 """
 
 import os
-from importlib.metadata import version
 
-# Tests don't depend on the accelerator that happens to be there. Eight devices, because the sharded law needs more
-# than one and two would not tell an axis from its neighbour. Most of the time of small tests is compilation, so XLA
-# leaves out the passes that change speed and not results; goldens, notebooks and experiments in .ci/run do without
-# these flags. (The slow emitters can be switched off up to jax 0.10 only: later ones refuse the name.) JAX reads both
-# variables when it is imported, hence before it.
+# Tests don't depend on the accelerator that happens to be there. JAX reads this when it is imported, hence before it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-flags += ["--xla_llvm_disable_expensive_passes=true"]
-flags += ["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -36,6 +27,16 @@ jax.config.update("jax_enable_compilation_cache", False)
 # Annotations are checked at every call: beartype sees the types, jaxtyping that one letter means one size. It works
 # on modules that are imported later, hence before any import of the two packages.
 jaxtyping.install_import_hook(["memjax", "pallas_kernels"], "beartype.beartype")
+
+from pallas_kernels.compat import QUICK_COMPILE  # noqa: E402
+
+# Eight devices, because the sharded law needs more than one and two would not tell an axis from its neighbour. Most of
+# the time of small tests is compilation, so XLA leaves out the passes that change speed and not results; goldens,
+# notebooks and experiments in .ci/run do without these flags. XLA reads them with the first device.
+flags = {"xla_force_host_platform_device_count": 8, **QUICK_COMPILE}
+given = [f"--{name}={str(value).lower()}" for name, value in flags.items()]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *given]).strip()
+assert jax.device_count() == 8
 
 # The same examples in every run, so that a red test is red for everyone. No deadline: the first example compiles.
 # `pytest --hypothesis-profile=default` searches anew.
