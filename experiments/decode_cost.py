@@ -9,9 +9,11 @@ hours. All memories and lengths are timed in turns, one layer each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from experiments import begun, recorded, settings
 
 ATTENTION = "sliding_window_attention"
 STEPS = 16  # decoded in one call
@@ -156,25 +158,10 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    if config.quick:
-        config = replace(config, **QUICK)
-    import jax
-
-    if config.device:
-        jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS, settings
-    from memjax.record import write_record
-
+    config = begun(config, QUICK)
     rows = measure(config)
     table(rows)
-    if config.quick:
-        print("quick: nothing is recorded; this shows that everything runs, not how fast")
-        return rows
-    body = {
-        "config": settings(config),
-        "rows": rows,
-    }
-    print(f"wrote {write_record('decode_cost', body, RECORDS if config.record else config.output)}")
+    recorded("decode_cost", {"config": settings(config), "rows": rows}, config)
     return rows
 
 

@@ -13,12 +13,12 @@ recall is not).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import trainings
+from experiments import begun, recorded, settings, trainings
 from experiments.trainings import Layers, Run, in_processes, over_sizes, summarised, table
 
 LAYERS = 4
@@ -71,16 +71,9 @@ def results(config: Config, name: str) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    if config.quick:
-        config = replace(config, **QUICK)
-    import jax
-
-    if config.device:
-        jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS, settings
     from memjax import plots
-    from memjax.record import write_record
 
+    config = begun(config, QUICK)
     names = (*config.memories, FULL)
     if config.jobs > 1:
         in_processes(config.jobs, config.device, results, [(config, name) for name in names])
@@ -91,12 +84,8 @@ def main(config: Config) -> dict[str, Any]:
         for row in body["recall"]
     ]
     table("recall: share of right answers, mean (worst to best seed)", named)
-    if config.quick:
-        print("quick: nothing is recorded; this shows that everything runs, not how well")
-        return body
-    path = write_record("hybrid_ratio", body, RECORDS if config.record else config.output)
-    plots.plot_recall(path, path.with_name("hybrid_ratio.png"))
-    print(f"wrote {path} and {path.with_name('hybrid_ratio.png')}")
+    if path := recorded("hybrid_ratio", body, config):
+        plots.plot_recall(path, path.with_name("hybrid_ratio.png"))
     return body
 
 

@@ -14,11 +14,13 @@ import hashlib
 import json
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments import begun, recorded, settings
 
 MULTIPLES = (1, 2, 4, 8, 16)
 STREAMS = 16  # held-out streams, read side by side
@@ -191,31 +193,13 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
-    if config.quick:
-        config = replace(config, **QUICK)
-    import jax
-
-    if config.device:
-        jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS, settings
-    from memjax.record import write_record
-
+    config = begun(config, QUICK)
     corpus = read_corpus(config)
     print(f"{len(corpus.training):,} tokens to train on, {corpus.held_out.size:,} held out", flush=True)
-    rows = []
-    for name in config.memories:
-        for seed in config.seeds:
-            rows.append(run(config, corpus, name, seed))
+    rows = [run(config, corpus, name, seed) for name in config.memories for seed in config.seeds]
     table(rows)
-    body = {
-        "config": settings(config),
-        "multiples": MULTIPLES,
-        "runs": rows,
-    }
-    if config.quick:
-        print("quick: nothing is recorded; this shows that everything runs, not how well")
-    else:
-        print(f"wrote {write_record('language_model', body, RECORDS if config.record else config.output)}")
+    body = {"config": settings(config), "multiples": MULTIPLES, "runs": rows}
+    recorded("language_model", body, config)
     return body
 
 

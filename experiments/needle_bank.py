@@ -17,11 +17,14 @@ import math
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from experiments import begun, recorded, settings
+from experiments.markdown import tokens
 
 PADDED_QUESTION, PADDED_ANSWER = 28, 9  # tokens
 PREFIX = 16 << 10  # tokens of the smallest memory; needles stand in it
@@ -317,7 +320,7 @@ def ask(config: Config, corpus: Corpus, model, params, planted, path: Path) -> l
         line = rows[-1]
         recalls = " ".join(f"{r:.3f}" for r in line["recall_at_4"])
         print(
-            f"  {show_tokens(size):>5} tokens: recall@4 {recalls}, answers {line['accuracy']:.3f}, "
+            f"  {tokens(size):>5} tokens: recall@4 {recalls}, answers {line['accuracy']:.3f}, "
             f"{1e3 * line['seconds_per_question']:.1f} ms a question",
             flush=True,
         )
@@ -354,7 +357,7 @@ def table(body: dict[str, Any]) -> None:
         drops = [r["drop"] for r in same if r["drop"] is not None]
         low, high = ([r["drop_interval"][j] for r in same if r["drop_interval"]] for j in (0, 1))
         out.add_row(
-            show_tokens(row["tokens"]),
+            tokens(row["tokens"]),
             f"{row['documents']:,}",
             " ".join(f"{r:.3f}" for r in recall),
             f"{np.mean([r['accuracy'] for r in same]):.3f}",
@@ -389,13 +392,8 @@ def parse_tokens(text: str) -> int:
     return int(digits) * unit
 
 
-def show_tokens(n: int) -> str:
-    return f"{n >> 20}M" if n % (1 << 20) == 0 else f"{n >> 10}K"
-
-
 def main(config: Config) -> dict[str, Any]:
-    if config.quick:
-        config = replace(config, **QUICK)
+    config = begun(config, QUICK)
     for wrong, need in (
         (config.document_tokens % config.pool, "--document-tokens a multiple of --pool"),
         (config.batch % 2, "an even --batch"),
@@ -406,11 +404,8 @@ def main(config: Config) -> dict[str, Any]:
             raise SystemExit(f"needle_bank: needs {need}")
     import jax
 
-    if config.device:
-        jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS, settings
+    from memjax import plots
     from memjax.lm.files import ReadingSettings, save_model
-    from memjax.record import write_record
 
     device = jax.devices()[0]
     print(f"{device.platform} x {jax.device_count()} ({device.device_kind}), jax {jax.__version__}", flush=True)
@@ -429,8 +424,8 @@ def main(config: Config) -> dict[str, Any]:
         began = time.perf_counter()
         params = train(config, corpus, model, seed, home)
         seconds = time.perf_counter() - began
-        settings = ReadingSettings(config.document_tokens, passages=2, answer_tokens=PADDED_ANSWER)
-        model_hash = save_model(home / "model", model, params, corpus.tokenizer, reading=settings, overwrite=True)
+        reading = ReadingSettings(config.document_tokens, passages=2, answer_tokens=PADDED_ANSWER)
+        model_hash = save_model(home / "model", model, params, corpus.tokenizer, reading=reading, overwrite=True)
         bank = build(config, corpus, model, params, model_hash, planted[0][0], home / "bank")
         rows = ask(config, corpus, model, params, planted, home / "bank")
         relative_drop(rows)
@@ -439,15 +434,9 @@ def main(config: Config) -> dict[str, Any]:
         for phase in home.glob("phase-*"):  # done: the next run trains again
             shutil.rmtree(phase)
     table(body)
-    if config.quick:
-        print("quick: nothing is recorded; this shows that everything runs, not how well")
-        return body
-    from memjax import plots
-
-    path = write_record("needle_bank", body, RECORDS if config.record else config.output)
-    plots.plot_needle_bank(path, path.with_suffix(".png"))
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
-    print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} '{planted[0][1][0].question}'")
+    if path := recorded("needle_bank", body, config):
+        plots.plot_needle_bank(path, path.with_suffix(".png"))
+        print(f"ask it: memjax bank ask {home / 'bank'} --model {home / 'model'} '{planted[0][1][0].question}'")
     return body
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import trainings
+from experiments import begun, recorded, settings, trainings
 from experiments.trainings import Layers, Run, in_processes, over_sizes, summarised, table
 
 Part = Literal["recall", "parity", "length"]
@@ -188,18 +188,11 @@ def claims(body: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    if config.quick:
-        config = replace(config, **QUICK)
     if unknown := [name for name in config.memories if name not in CONTESTANTS]:
         raise SystemExit(f"--memories: no contestant is called {unknown[0]!r}; there are {', '.join(CONTESTANTS)}")
-    import jax
-
-    if config.device:
-        jax.config.update("jax_platforms", config.device)
-    from experiments import RECORDS, settings
     from memjax import plots
-    from memjax.record import write_record
 
+    config = begun(config, QUICK)
     calls: list[tuple[Config, Part, str]]
     calls = [(config, part, name) for part in dict.fromkeys(config.parts) for name in names_of(config, part)]
     if config.jobs > 1:
@@ -212,16 +205,12 @@ def main(config: Config) -> dict[str, Any]:
         of = "right answers" if score == "accuracy" else "rows whose last answer is right"
         table(f"{part}: share of {of}, mean (worst to best seed)", body[part])
     body["claims"] = claims(body)
-    if config.quick:
-        print("quick: nothing is recorded; this shows that everything runs, not how well")
-        return body
-    for text, holds in body["claims"].items():
-        print(f"{'holds' if holds else 'FAILS':>6}  {text}")
-    path = write_record("recall", body, RECORDS if config.record else config.output)
-    print(f"wrote {path}")
-    if "recall" in body:
+    if not config.quick:
+        for text, holds in body["claims"].items():
+            print(f"{'holds' if holds else 'FAILS':>6}  {text}")
+    path = recorded("recall", body, config)
+    if path and "recall" in body:
         plots.plot_recall(path, path.with_name("recall.png"))
-        print(f"wrote {path.with_name('recall.png')}")
     return body
 
 

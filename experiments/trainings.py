@@ -62,16 +62,16 @@ class Run(NamedTuple):
 
 def models(layers: Layers, setting: Any) -> tuple[Any, Any]:
     """The model that is trained, and the one that reads the test rows: a longer window where attention is whole."""
+    from memjax.catalog import Part
     from memjax.lm.small import small_mixers, small_model
 
     def build(window: int) -> Any:
         mixers = []
         for i, (name, fields) in enumerate(layers):
-            fields = dict(fields)
-            if isinstance(inner := fields.get("memory"), tuple):
-                fields["memory"] = small_mixers(inner[0], layers=1, vocab=setting.vocab, **inner[1])[0]
-            same = small_mixers(name, **{"layers": len(layers), "window": window, "vocab": setting.vocab, **fields})
-            mixers.append(same[i])
+            same = {"layers": len(layers), "window": window, "vocab": setting.vocab, **fields}
+            if "memory" in fields:
+                same["memory"] = Part(*fields["memory"])
+            mixers.append(small_mixers(name, **same)[i])
         return small_model(mixers, setting.vocab, hidden=setting.hidden)
 
     return build(max(task.tokens for task in setting.train)), build(setting.longest)
@@ -180,7 +180,7 @@ def summarised(rows: list[dict[str, Any]], score: str = "accuracy") -> list[dict
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a summary."""
+    """Print a summary, no wider than a terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -188,12 +188,15 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
 
     out = Table(title=title, title_justify="left", box=None)
     slices = list(rows[0]["mean"])
-    for header in ("memory", "state", *slices, "learning rate"):
-        out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
+    out.add_column("memory", overflow="fold")
+    for header in ("state", *slices):
+        out.add_column(header, justify="right", no_wrap=True)
+    share = lambda x: f"{x:.2f}".removeprefix("0")  # noqa: E731
     for row in rows:
         spread = row["seeds"] > 1
         cells = [
-            f"{row['mean'][s]:.3f}" + (f" ({row['low'][s]:.2f}–{row['high'][s]:.2f})" if spread else "") for s in slices
+            f"{row['mean'][s]:.3f}" + (f" {share(row['low'][s])}–{share(row['high'][s])}" if spread else "")
+            for s in slices
         ]
-        out.add_row(row["contestant"], size(row["state_bytes"]), *cells, f"{row['learning_rate']:g}")
+        out.add_row(row["contestant"], size(row["state_bytes"]), *cells)
     Console().print(out)

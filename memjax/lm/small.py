@@ -39,7 +39,7 @@ def small_mixers(
     that a class can do without is left out: layers of the memory alone.
 
     window: of memories that have one. vocab: of those indexed by tokens. fields: any fields of the class, before all
-    else.
+    else; a `Part` (memjax.catalog) where a field is a memory.
 
     Raises:
       ConfigError: a field that the class doesn't have, or sizes that don't fit together.
@@ -64,7 +64,7 @@ def _mixer(name: str, sizes: _Sizes, fields: dict[str, Any]) -> Memory:
     known, one = CATALOG[name], _usual(name, sizes)
 
     def build(values: dict[str, Any]) -> Memory:
-        part = lambda part: _mixer(part.name, sizes, {})  # noqa: E731
+        part = lambda part: _mixer(part.name, sizes, dict(part.fields))  # noqa: E731
         return from_config({"class": known.path, **{n: with_parts(v, part) for n, v in values.items()}})
 
     def fits(values: dict[str, Any]) -> bool:

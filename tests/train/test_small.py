@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.catalog import CATALOG
+from memjax.catalog import CATALOG, Part
 from memjax.combinators import Stack
 from memjax.errors import ConfigError
 from memjax.in_context.canon import Canon
@@ -58,6 +58,10 @@ def test_sizes_and_fields():
     assert gla.state_specs(1).S.shape == (1, 2, 4, 4) and gla.use_short_conv and gla.gate_low_rank_dim == 4
     (window,) = small_mixers("sliding_window_attention", layers=1, window=9)
     assert window.state_specs(1).k.shape == (1, 9, 1, 16)
+    (mom,) = small_mixers("mom", layers=1, memory=Part("gated_delta_net", {"head_dim": 8}), top_k=1)
+    assert mom.memory == small_mixers("gated_delta_net", layers=1, head_dim=8)[0]
+    (sambay,) = small_mixers("sambay", layers=1)
+    assert sambay.saved.hands_on and not sambay.linear.hands_on
     with pytest.raises(ConfigError, match="GatedDeltaNet has no field 'head'"):
         small_mixers("gated_delta_net", head=3)
     with pytest.raises(ConfigError, match="GatedLinearAttention: expand_k"):
