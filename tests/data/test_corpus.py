@@ -24,7 +24,8 @@ def test_documents_are_the_lines_they_cite(tokenizer, texts, length):
     for i, n in enumerate(documents.lengths):
         assert (documents.ids[i, n:] == 0).all()
         document = documents.document(i, tokenizer)
-        cited = "\n".join({file.path: file.text for file in files}[document.path].split("\n")[document.first_line - 1 : document.last_line])
+        text = next(file.text for file in files if file.path == document.path)
+        cited = "\n".join(text.split("\n")[document.first_line - 1 : document.last_line])
         if document.first_line < document.last_line:
             assert document.text.removesuffix("\n") == cited
             np.testing.assert_array_equal(documents.ids[i, :n], tokenizer.encode(document.text))
