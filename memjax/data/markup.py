@@ -4,8 +4,8 @@ import bisect
 import html
 import json
 import re
-from json.decoder import scanstring
-from json.scanner import py_make_scanner
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the parts of json's own decoder, which are not in
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]  # its type stubs
 from typing import Any, NamedTuple
 
 
@@ -75,7 +75,7 @@ def notebook_text(source: str) -> Extract | None:
     try:
         cells = decoder.decode(source)["cells"]
         sources = [cell["source"] for cell in cells]
-        parts = [[part] if isinstance(part, str) else list(part) for part in sources]
+        parts: list[list[Any]] = [[part] if isinstance(part, str) else list(part) for part in sources]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not all(isinstance(part, _Located) for cell in parts for part in cell):
