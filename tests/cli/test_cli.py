@@ -410,7 +410,8 @@ def test_nothing_to_read(run, models, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     build = ("bank", "build", "--model", models / "m0")
     assert_refused(run(*build, "empty"), "empty: the folder holds no text file")
-    assert_refused(run(*build, "latin.txt"), "latin.txt: can't be used as text: not UTF-8: byte 0xe9 at offset 3")
+    unknown = "latin.txt: can't be used as text: encoding unknown: byte 0xe9 at offset 3 is not UTF-8, none is declared"
+    assert_refused(run(*build, "latin.txt"), unknown)
     assert_refused(run(*build, "nowhere"), "nowhere: there is no such file or folder")
 
 
