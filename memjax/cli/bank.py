@@ -23,10 +23,10 @@ USUAL = frozenset("about does from have that their there they this what when whe
 
 @dataclass(frozen=True, kw_only=True)
 class Build(Command):
-    """Read the text files of a folder into a new bank."""
+    """Read the texts of a folder into a new bank: text and source code, web pages, notebooks, PDFs."""
 
     folder: Positional[Path]
-    """The folder, or one text file."""
+    """The folder, or one file. What is no text, or in no certain encoding, is skipped and listed."""
     model: Path
     """Folder of a model that was trained to read a bank."""
     bank: Path | None = None
