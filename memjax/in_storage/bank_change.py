@@ -51,7 +51,7 @@ class Change:
 
     def __init__(self, path: Path, new: dict | None = None, overwrite: bool = False):
         self.path, self.segment_chunks = path, SEGMENT
-        self._made = self._replacing = False
+        self._made = self._replacing = self.finished = False
         self._segment: Segment | None = None
         if new is not None:
             check_manifest(str(path), seal(new))
@@ -146,6 +146,7 @@ class Change:
         self._segment, self._done, self._keep = None, [], {s["name"] for s in self.manifest["segments"]}
         disk.remove(self.path / UNFINISHED)
         self._clean()
+        self.finished = True
 
     def finish_deletion(self) -> None:
         """Write what `delete` hid, and leave an unfinished change of another command as it is."""
@@ -182,7 +183,7 @@ class Change:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if kind is not None:
+            if kind is not None or not self.finished:
                 self.give_up()
         finally:
             os.close(self._lock)
@@ -212,3 +213,12 @@ def check_target(path: Path, overwrite: bool) -> None:
             raise BankError(f"{path}: exists; overwrite=True replaces a bank")
     elif not is_bank(path) and not (path.is_dir() and all(disk.PARTIAL in p.name for p in path.iterdir())):
         raise BankError(f"{path}: exists and is no bank; it is not overwritten")
+
+
+def unfinished(path: str | Path) -> int:
+    """How many documents an unfinished change has written, that a command run again would not write again."""
+    path = Path(path)
+    with contextlib.suppress(BankError):
+        note = read_note(path, base_of(read_manifest(path) if (path / NAME).exists() else None))
+        return sum(s["documents"] for s in note["segments"]) if note and note["plan"] else 0
+    return 0

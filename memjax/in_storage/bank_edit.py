@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,32 @@ def delete_documents(path: str | Path, documents: Sequence[int]) -> int:
         return gone
 
 
+def delete_files(path: str | Path, patterns: Sequence[str]) -> tuple[int, int]:
+    """Hide the documents of some source files, see `delete_documents`; how many files and documents were there.
+
+    Args:
+      patterns: paths as the bank names them, of files or of folders, or patterns of paths in which "*" stands for any
+        characters, "/" among them.
+
+    Raises:
+      BankError: a pattern that no file has, deleted ones included.
+    """
+    with Change(Path(path)) as change:
+        table = open_bank(path).documents
+        rows: list[int] = []
+        for pattern in patterns:
+            folder = pattern.rstrip("/") + "/"
+            found = {f for f in set(table.path) if fnmatchcase(f, pattern) or f == pattern or f.startswith(folder)}
+            if not found:
+                raise BankError(f"{path}: none of its {len(set(table.path))} files is {pattern!r}")
+            rows += [i for i, file in enumerate(table.path) if file in found]
+        gone = set(rows) - set(change.manifest["deleted"])
+        change.delete(sorted(gone))
+        if gone:
+            change.finish_deletion()
+        return len({table.path[i] for i in gone}), len(gone)
+
+
 class Compacted(NamedTuple):
     """What `compact` did. documents: that are left; dropped: deleted ones whose numbers and files are gone."""
 
@@ -91,11 +118,9 @@ def compact(path: str | Path) -> Compacted:
         segments, dropped = len(opened.manifest["segments"]), len(opened.manifest["deleted"])
         living = opened.living()
         change.resume("")
-        if segments == 1 and not dropped:
-            change.give_up()
-        elif not living.size:
+        if not living.size:
             raise BankError(f"{path}: every document is deleted; append some, or remove the bank")
-        else:
+        if segments > 1 or dropped:
             change.manifest.update(segments=[], deleted=[])
             change.segment_chunks = int(opened.bank.doc_len.sum())
             for block, sources in _copied(opened):

@@ -17,12 +17,14 @@ text in two files is stored once. Whatever is wrong with the files is a BankErro
 
 from memjax.in_storage.bank_arrays import DiskArray as DiskArray
 from memjax.in_storage.bank_change import Change as Change
+from memjax.in_storage.bank_change import unfinished as unfinished
 from memjax.in_storage.bank_check import Verified as Verified
 from memjax.in_storage.bank_check import verify as verify
 from memjax.in_storage.bank_edit import Compacted as Compacted
 from memjax.in_storage.bank_edit import append_documents as append_documents
 from memjax.in_storage.bank_edit import compact as compact
 from memjax.in_storage.bank_edit import delete_documents as delete_documents
+from memjax.in_storage.bank_edit import delete_files as delete_files
 from memjax.in_storage.bank_reader import OpenBank as OpenBank
 from memjax.in_storage.bank_reader import open_bank as open_bank
 from memjax.in_storage.bank_segment import Block as Block

@@ -9,6 +9,35 @@ from memjax.in_storage.bank_change import Change
 from memjax.in_storage.bank_manifest import FORMAT, VERSION, plain_json
 
 
+def new_manifest(
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    vocab: int,
+    model_hash: str,
+    model_config: Any,
+    tokenizer_hash: str,
+    document_tokens: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> dict:
+    """The manifest of a bank that is begun (`Change`, whose arguments see in `BankWriter`)."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": {"hash": model_hash, "config": plain_json(model_config)},
+        "tokenizer": {"hash": tokenizer_hash},
+        "document_tokens": document_tokens,
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "vocab": vocab,
+        "segments": [],
+        "deleted": [],
+    }
+
+
 class BankWriter(Change):
     """Writes a bank, and gives it its manifest when it is whole.
 
@@ -48,32 +77,23 @@ class BankWriter(Change):
         overwrite: bool = False,
         plan: str = "",
     ):
-        new = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": {"hash": model_hash, "config": plain_json(model_config)},
-            "tokenizer": {"hash": tokenizer_hash},
-            "document_tokens": document_tokens,
-            "layers": layers,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "dtype": dtype,
-            "vocab": vocab,
-            "segments": [],
-            "deleted": [],
-        }
+        new = new_manifest(
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab=vocab,
+            model_hash=model_hash,
+            model_config=model_config,
+            tokenizer_hash=tokenizer_hash,
+            document_tokens=document_tokens,
+            dtype=dtype,
+        )
         super().__init__(Path(path), new, overwrite)
-        self.finished = False
         try:
             self.done = self.resume(plan)
         except BaseException as error:
             Change.__exit__(self, type(error))
             raise
-
-    def finish(self) -> None:
-        """Everything to disk, the manifest last. Nothing may be appended afterwards."""
-        super().finish()
-        self.finished = True
 
     def __enter__(self) -> BankWriter:
         return self

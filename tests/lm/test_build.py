@@ -6,7 +6,7 @@ import pytest
 from memjax.data import File
 from memjax.errors import ConfigError, DataError
 from memjax.in_storage.bank_files import open_bank
-from memjax.lm import LanguageModel, build, reader
+from memjax.lm import LanguageModel, bank_model, build, reader
 from memjax.lm.build import build_bank
 from memjax.lm.files import LoadedModel, load_model, save_model
 from tests.lm import tiny
@@ -62,7 +62,7 @@ def test_the_bank_is_the_models_and_carries_it(loaded, bank):
 
 
 def test_a_large_model_is_not_copied(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "COPIED_MODEL", 1)
+    monkeypatch.setattr(bank_model, "COPIED_MODEL", 1)
     assert not build_bank(loaded, FILES[:1], tmp_path / "b", progress=False).has_model
     assert not (tmp_path / "b" / "model").exists()
 
