@@ -68,7 +68,7 @@ def _chunk_problems(path: Path, manifest: dict, entry: dict, table: dict) -> Ite
                 problems: list[str] = []
                 size = 0
                 with _noted(problems):
-                    rows = array[layer, at : at + SHARD[name]]
+                    rows = array[layer, at : min(at + SHARD[name], array.shape[1])]
                     size = rows.nbytes
                     if not np.isfinite(rows.astype(np.float32)).all():
                         problems.append(f"{path / entry['name'] / name}: holds NaN or infinity in layer {layer}")

@@ -84,4 +84,5 @@ def cut_files(
 
 def chosen(documents: TokenizedDocuments, rows: list[int]) -> TokenizedDocuments:
     """Some of the documents."""
-    return TokenizedDocuments(*(a[rows] for a in documents[:5]), paths=documents.paths)
+    ids, lengths, index, first, last, paths = documents
+    return TokenizedDocuments(ids[rows], lengths[rows], index[rows], first[rows], last[rows], paths)
