@@ -65,6 +65,11 @@ def size(n: int) -> str:
     return f"{n} B"
 
 
+def count(n: int, what: str) -> str:
+    """A number with what it counts: "1 file", "2,000 files"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known ones: those that are close, or all of them."""
     names = list(known)
