@@ -7,7 +7,10 @@ from pathlib import Path
 
 import uvicorn
 
+from memjax import Stack
 from memjax.data import read_folder
+from memjax.in_storage.msa import MSA
+from memjax.lm import LanguageModel, block
 from memjax.lm.asking import open_with_model
 from memjax.lm.build import build_bank
 from memjax.lm.files import load_model, save_model
@@ -23,14 +26,14 @@ TEXTS = {
 }
 
 
-def make_bank(folder: Path, texts: dict[str, str] = TEXTS, **changes) -> Path:
-    """Write texts into folder/texts and read them into folder/texts.bank."""
+def make_bank(folder: Path, texts: dict[str, str] = TEXTS, layers: int = 1) -> Path:
+    """Write texts into folder/texts and read them into folder/texts.bank, by a model of so many router layers."""
     for name, text in texts.items():
         file = folder / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     if not (folder / "model").exists():
-        model = tiny.model(**changes)
+        model = LanguageModel(Stack((block(MSA(**tiny.FIELDS), 8),) * layers), tiny.TOKENIZER.vocab_size)
         save_model(folder / "model", model, tiny.params(model), tiny.TOKENIZER, reading=tiny.READING)
     build(folder)
     return folder / "texts.bank"

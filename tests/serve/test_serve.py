@@ -18,6 +18,7 @@ from memjax.serve import guard, loopback_names, make_app
 from tests.serve.bench import TEXTS, build, make_bank, serve, server
 
 MARKUP = sorted(TEXTS)[1]
+LOOPBACK = loopback_names("127.0.0.1")
 HERE = "http://127.0.0.1:8000"
 QUESTION = "Which number belongs to the red house?"
 
@@ -29,7 +30,7 @@ def shared(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def client(bank, hosts=loopback_names("127.0.0.1"), **options):
+def client(bank, hosts=LOOPBACK, **options):
     with TestClient(make_app(serve(bank), hosts), base_url=HERE, **options) as client:
         yield client
 
@@ -105,8 +106,11 @@ def test_a_layer_that_did_not_choose_a_document_scores_it_null(shared):
     two.scores[1, 0] = [9.0, -float("inf")]
     shown = bank._routing(two)
     columns = [d["document"] for d in shown["documents"]]
-    assert sorted(columns) == [0, 1, 2] and columns[0] == routing.documents[0, 0, 2]
-    assert shown["scores"][0][0] is None and shown["scores"][1] == [9.0, None, None]
+    assert sorted(columns) == [0, 1, 2]
+    layers = [dict(zip(columns, row, strict=True)) for row in shown["scores"]]
+    best, second, third = routing.documents[0, 0].tolist()
+    assert layers[0] == {best: two.scores[0, 0, 0], second: two.scores[0, 0, 1], third: None}
+    assert layers[1] == {best: None, second: None, third: 9.0}
 
 
 def test_another_question_compiles_nothing(shared):
