@@ -68,7 +68,7 @@ class Serve(Asking):
             bank = ServedBank(self.bank, self.open, self.passages)
             bank.warm_up()
             about, (address, port) = bank.about(), listening.getsockname()[:2]
-            hosts = loopback_names(address)
+            hosts = loopback_names(address, self.host)
             holds = f"{count(about['documents'], 'document')}, {about['tokens']:,} tokens"
             out.print(f"{printable(about['bank'])}: {holds}; ready after {time.perf_counter() - began:.1f} s")
             if hosts is None:
@@ -77,7 +77,8 @@ class Serve(Asking):
             out.print(Text.assemble((f"http://{host}:{port}", "bold green"), ("   Ctrl-C ends it", "dim")))
             config = uvicorn.Config(
                 make_app(bank, hosts),
-                http="h11",
+                http="h11",  # what the tests speak to, whatever else is installed
+                loop="asyncio",
                 ws="none",
                 lifespan="off",
                 log_level="warning",

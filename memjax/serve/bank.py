@@ -34,12 +34,14 @@ class ServedBank:
         """What is asked. Raises MemjaxError or OSError where the bank can't be opened."""
         self._follow()
         lives = np.asarray(self._opened.bank.doc_len) > 0
+        reading = self._loaded.reading
+        assert reading is not None  # it was opened to be asked
         return {
             "bank": self._path.resolve().name,
             "documents": int(lives.sum()),
             "tokens": int(self._opened.documents.tokens[lives].sum()),
             "layers": self._opened.manifest["layers"],
-            "passages": self._passages or self._loaded.reading.passages,
+            "passages": self._passages or reading.passages,
             "model": self._loaded.hash[:12],
         }
 

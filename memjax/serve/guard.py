@@ -25,10 +25,10 @@ HEADERS = {
 }
 
 
-def loopback_names(address: str) -> frozenset[str] | None:
+def loopback_names(address: str, *others: str) -> frozenset[str] | None:
     """The hosts that a browser may name when the server listens on an address; None: any, for others can reach it."""
     loopback = ipaddress.ip_address(address).is_loopback
-    return frozenset({"localhost", "127.0.0.1", "::1", address}) if loopback else None
+    return frozenset({"localhost", "127.0.0.1", "::1", address, *map(str.lower, others)}) if loopback else None
 
 
 class Guard:

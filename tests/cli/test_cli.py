@@ -1,6 +1,7 @@
 """The commands as a user types them, in this process: what they print, and what they return."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -348,6 +349,7 @@ def test_build_ask_info(run, models, corpus, tmp_path):
 
     code, out, err = run("bank", "ask", "texts.bank", QUESTION, "--passages", 3)
     assert (code, err) == (0, "")
+    assert re.search(r"\n(no word|first word after \d+\.\d s), \d+\.\d s in all, compilation included\n", out)
     answer, passages = out.split("read from\n")
     assert answer.splitlines()[2] == "answer"
     assert sorted(line.split()[1] for line in passages.splitlines() if "score" in line) == [
