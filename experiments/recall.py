@@ -179,11 +179,11 @@ def claims(body: Mapping[str, Any]) -> dict[str, bool]:
     say("Based rises with the window", lambda a, b: over(b, a), ("based", 1), ("based", 2))
     say("MoM is above one memory of its size", over, ("mom", 1), gdn)
     for row in body.get("parity", []):
-        both = row["contestant"].endswith("2)")
-        if both:
-            found[f"parity with {row['contestant']} is solved at the length of training"] = row["mean"]["T=32"] > 0.98
+        mean = row["mean"]
+        if row["contestant"].endswith("2)"):
+            found[f"parity with {row['contestant']} is solved at the length of training"] = mean["T=32"] > 0.995
         else:
-            found[f"parity with {row['contestant']} is at chance at twice that length"] = row["mean"]["T=64"] < 0.6
+            found[f"parity with {row['contestant']} is at chance"] = all(abs(x - 0.5) < 0.06 for x in mean.values())
     return found
 
 
