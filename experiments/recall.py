@@ -183,7 +183,9 @@ def claims(body: Mapping[str, Any]) -> dict[str, bool]:
         if row["contestant"].endswith("2)"):
             found[f"parity with {row['contestant']} is solved at the length of training"] = mean["T=32"] > 0.995
         else:
-            found[f"parity with {row['contestant']} is at chance"] = all(abs(x - 0.5) < 0.06 for x in mean.values())
+            beyond = [mean["T=64"], mean["T=128"]]
+            text = f"parity with {row['contestant']} is at chance beyond the length of training"
+            found[text] = all(abs(x - 0.5) < 0.06 for x in beyond)
     return found
 
 

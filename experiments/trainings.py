@@ -191,11 +191,11 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
     out.add_column("memory", overflow="fold")
     for header in ("state", *slices):
         out.add_column(header, justify="right", no_wrap=True)
-    share = lambda x: f"{x:.2f}".removeprefix("0")  # noqa: E731
+    share = lambda x, digits=2: f"{x:.{digits}f}".removeprefix("0")  # noqa: E731
     for row in rows:
         spread = row["seeds"] > 1
         cells = [
-            f"{row['mean'][s]:.3f}" + (f" {share(row['low'][s])}–{share(row['high'][s])}" if spread else "")
+            share(row["mean"][s], 3) + (f" {share(row['low'][s])}–{share(row['high'][s])}" if spread else "")
             for s in slices
         ]
         out.add_row(row["contestant"], size(row["state_bytes"]), *cells)
