@@ -65,10 +65,10 @@ CONTESTANTS: dict[str, tuple[Layers, ...]] = {
         (("mom", {"memory": ("gated_delta_net", {"head_dim": n}), "num_memories": 4, "top_k": 1}),) * 2 for n in THREE
     ),
     # the others
-    "simple_gla": heads("simple_gla", *ONE),
+    "simple_gla": heads("simple_gla", *ONE, gate_logit_normalizer=64.0),  # with 16 it forgets a row's first pairs
     "kda": heads("kda", *ONE),
     "gdn2": heads("gdn2", *ONE),
-    "gated_deltaproduct": heads("gated_deltaproduct", *ONE),
+    "gated_deltaproduct": heads("gated_deltaproduct", *ONE, allow_neg_eigval=False),  # like Gated DeltaNet's
     "rwkv7": heads("rwkv7", *ONE),
     "mesa_net": heads("mesa_net", *ONE),
     "log_linear_attention": (
