@@ -6,6 +6,7 @@ Buettcher, SIGIR 2009.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ class WordIndex:
             import bm25s
         except ImportError:
             raise DataError("searching by words needs bm25s: pip install 'memjax[demo]'") from None
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index to standard error
         split = [words(text or "") for text in texts]
         self._index = bm25s.BM25()
         self._empty = not any(split)

@@ -111,11 +111,13 @@ def test_words_and_the_model_choose_together(bank):
     ids = lambda d: IDS[d][: LENGTHS[d]]  # noqa: E731
     found = WordIndex([TOKENIZER.decode(ids(d)) for d in range(5)])
     prepare = partial(reader.prepare, MODEL, PARAMS, bank, TOKENIZER, ["words of it", "x"], ids, steps=4)
-    alone = prepare(read=5)
-    found.rank = lambda question, count: [(4, 2.0), (1, 1.0)] if question == "x" else []  # type: ignore[method-assign]
+    said = [(4, 2.0), (1, 1.0)]
+    found.rank = lambda question, count: said if question == "x" else []  # type: ignore[method-assign]
     together = prepare(read=5, words=found)
-    assert [d for d, _ in together.passages[0]] == [d for d, _ in alone.passages[0]]  # nothing was found by words
-    assert together.passages[1] == fuse(alone.passages[1], [(4, 2.0), (1, 1.0)])
+    model = reader.agree(together.routing, reader.RANKED)
+    assert [len(ranking) for ranking in model] == [5, 5]  # all documents, not only those that a layer reads
+    assert together.passages == [fuse(model[0], []), fuse(model[1], said)]
+    assert [d for d, _ in together.passages[1]] != [d for d, _ in model[1]]
     assert len(prepare(read=2, words=found).passages[1]) == 2
 
 
