@@ -34,7 +34,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # The only files in the four folders that are not an architecture: what all architectures of a folder are made of.
 FOLDERS = ("memjax.in_state", "memjax.in_context", "memjax.in_storage", "memjax.in_weights")
 CONTRACTS = {"memjax.in_context.cache", "memjax.in_weights.forgetting"}
-CONTRACTS |= {"memjax.in_storage.bank", "memjax.in_storage.bank_files", "memjax.in_storage.bank_manifest"}
+CONTRACTS |= {f"memjax.in_storage.{path.stem}" for path in (ROOT / "memjax/in_storage").glob("bank*.py")}
 
 # Slow to import, or in need of configuration, or nothing that a user of the contract asked for.
 NOT_UNASKED = "beartype chex equinox flax grain hypothesis matplotlib"

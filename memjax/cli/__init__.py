@@ -1,4 +1,5 @@
-"""The command line: `memjax list | train | eval | generate | export | bank build | bank ask | bank info | bench ops`.
+"""The command line: `memjax list | train | eval | generate | export | bench ops`, and
+`memjax bank build | ask | info | append | delete | verify | compact`.
 
 One file a group of commands. A command is a dataclass, whose fields are its flags (tyro), with `run`. What computes is
 imported in `run`, so that `--help` is quick.

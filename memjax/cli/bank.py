@@ -1,4 +1,4 @@
-"""`memjax bank`: a folder becomes a bank, and the bank is asked."""
+"""`memjax bank`: a bank is asked, and says what it holds. What changes it: `bank_change`, `bank_care`."""
 
 from __future__ import annotations
 
@@ -13,52 +13,14 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, subcommand
 
-from memjax.cli.console import Command, printable, report_skipped, size, write_stream
-from memjax.errors import BankError, CheckpointError, ConfigError
+from memjax.cli.bank_care import Compact, Delete, Verify
+from memjax.cli.bank_change import Append, Build, model_of
+from memjax.cli.console import Command, printable, size, write_stream
+from memjax.errors import ConfigError
 
 BLOCK = 4  # tokens of an answer decoded between two prints
 SHOWN = 240  # characters of a passage
 USUAL = frozenset("about does from have that their there they this what when where which will with".split())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build(Command):
-    """Read the text files of a folder into a new bank."""
-
-    folder: Positional[Path]
-    """The folder, or one text file."""
-    model: Path
-    """Folder of a model that was trained to read a bank."""
-    bank: Path | None = None
-    """The bank to write; default: the folder's name with .bank, in the current directory."""
-    overwrite: bool = False
-    """Replace a bank that is there."""
-
-    def run(self) -> None:
-        from memjax.data import read_folder
-        from memjax.lm.build import build_bank
-        from memjax.lm.files import load_model
-
-        out = self.start()
-        path = self.bank or Path(f"{self.folder.resolve().name}.bank")
-        if path.exists() and not self.overwrite:
-            raise BankError(f"{path}: exists; --overwrite replaces a bank")
-        loaded = load_model(self.model)
-        files, skipped = read_folder(self.folder)
-        own = tuple(f"{_below(self.folder, path)}{end}" for end in ("/", ".partial-", ".old-"))
-        files = [f for f in files if not f.path.startswith(own)]  # a bank inside its folder is not a text
-        report_skipped(out, [s for s in skipped if not s.path.startswith(own)])
-        characters = sum(len(f.text) for f in files)
-        out.print(f"{len(files):,} files, {characters:,} characters from {self.folder}", soft_wrap=True)
-        try:
-            made = build_bank(loaded, files, path, overwrite=self.overwrite)
-        except KeyboardInterrupt:
-            kept = "the old bank is as it was" if path.exists() else "no bank was written"
-            raise KeyboardInterrupt(f"{kept}; the same command begins anew") from None
-        counts = f"{made.documents:,} documents, {made.tokens:,} tokens in {made.chunks:,} chunks"
-        out.print(f"{made.path}: {counts}, {size(made.bytes)}, {made.seconds:.1f} s", style="green", soft_wrap=True)
-        model = "" if made.has_model else f" --model {self.model}"
-        out.print(f'next: memjax bank ask {made.path} "..."{model}', style="dim", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +40,7 @@ class Ask(Command):
         out = self.start()
         loaded, opened = self._open()
         documents, began = int((opened.bank.doc_len > 0).sum()), time.perf_counter()
-        tokens = int(opened.documents.tokens.sum())
+        tokens = int(opened.documents.tokens[opened.bank.doc_len > 0].sum())
         out.print(f"searching {documents:,} documents, {tokens:,} tokens, on {self.location} ...", style="dim")
         pieces, passages = answer(loaded, opened, self.question, self.passages or loaded.reading.passages)
         out.print("answer", style="bold green")
@@ -90,21 +52,13 @@ class Ask(Command):
 
     def _open(self) -> tuple[Any, Any]:
         from memjax.in_storage.bank_files import open_bank
-        from memjax.lm.files import is_model, load_model
 
         if self.passages is not None and self.passages < 1:
             raise ConfigError(f"--passages is {self.passages}, needs at least 1")
         opened = open_bank(self.bank)
-        own = self.bank / "model"
-        if self.model is None and not is_model(own):
-            raise CheckpointError(f"{self.bank}: holds no copy of its model, name it with --model")
-        loaded = load_model(self.model or own)
-        for kind, hash_ in (("model", loaded.hash), ("tokenizer", loaded.tokenizer.hash)):
-            if (built := opened.manifest[kind]["hash"]) != hash_:
-                found = f"was built with {kind} {built[:12]}, {self.model or own} has {kind} {hash_[:12]}"
-                raise BankError(f"{self.bank}: {found}; ask with the model that built it, or build it anew")
+        loaded = model_of(self.bank, opened.manifest, self.model)
         if loaded.reading is None:
-            raise ConfigError(f"{self.model or own}: has no reading settings, so it can't ask a bank")
+            raise ConfigError(f"{self.model or self.bank}: its model has no reading settings, so it can't ask a bank")
         return loaded, opened if self.location == "disk" else open_bank(self.bank, location=self.location)
 
 
@@ -115,23 +69,28 @@ class Info(Command):
     bank: Positional[Path]
 
     def run(self) -> None:
-        from memjax.in_storage.bank_files import open_bank
+        from memjax.in_storage.bank_files import open_bank, unfinished
+        from memjax.lm.bank_model import copied_model
         from memjax.lm.files import is_model
 
         out = self.start()
         opened = open_bank(self.bank)
-        manifest, documents = opened.manifest, opened.documents
-        files: dict[str, int] = {}
-        for path, tokens in zip(documents.path, documents.tokens.tolist(), strict=True):
-            files[path] = files.get(path, 0) + tokens
-        deleted = f" ({len(manifest['deleted']):,} deleted)" if manifest["deleted"] else ""
+        manifest, documents, found = opened.manifest, opened.documents, opened.bank.doc_len > 0
+        living, files = opened.living(), {}
+        for i in living.tolist():
+            files[documents.path[i]] = files.get(documents.path[i], 0) + int(documents.tokens[i])
+        notes = [f"{len(manifest['deleted']):,} deleted"] if manifest["deleted"] else []
+        notes += [f"{shared:,} with a text that another has"] if (shared := len(living) - int(found.sum())) else []
+        notes += [f"{waiting:,} of an unfinished change"] if (waiting := unfinished(self.bank)) else []
         heads = f"{manifest['layers']} router layers, {manifest['kv_heads']} heads of {manifest['head_dim']}"
         stored = sum(f.stat().st_size for f in self.bank.rglob("*") if f.is_file())
-        inside = "a copy is in the bank" if is_model(self.bank / "model") else "not in the bank"
+        copy = is_model(copied_model(self.bank, manifest["model"]["hash"]))
+        inside = "a copy is in the bank" if copy else "not in the bank"
+        said = f" ({', '.join(notes)})" if notes else ""
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in (
-            ("documents", f"{len(documents.path):,}{deleted} of {len(files):,} files"),
-            ("tokens", f"{int(documents.tokens.sum()):,} in {int(documents.chunks.sum()):,} chunks"),
+            ("documents", f"{len(living):,} of {len(files):,} files{said}"),
+            ("tokens", f"{int(documents.tokens[found].sum()):,} in {int(documents.chunks[found].sum()):,} chunks"),
             ("vectors", f"{heads}, {manifest['dtype']}"),
             ("on disk", f"{size(stored)}, segments: {len(manifest['segments'])}"),
             ("model", f"{manifest['model']['hash'][:12]}, {inside}"),
@@ -147,14 +106,20 @@ class Info(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Bank:
-    """Read a folder into a bank, and ask it."""
+    """Read a folder into a bank, ask it, and keep it up to date."""
 
     command: (
-        Annotated[Build, subcommand("build")] | Annotated[Ask, subcommand("ask")] | Annotated[Info, subcommand("info")]
+        Annotated[Build, subcommand("build")]
+        | Annotated[Ask, subcommand("ask")]
+        | Annotated[Info, subcommand("info")]
+        | Annotated[Append, subcommand("append")]
+        | Annotated[Delete, subcommand("delete")]
+        | Annotated[Verify, subcommand("verify")]
+        | Annotated[Compact, subcommand("compact")]
     )
 
-    def run(self) -> None:
-        self.command.run()
+    def run(self) -> int | None:
+        return self.command.run()
 
 
 def answer(loaded: Any, opened: Any, question: str, count: int) -> tuple[Any, list[tuple[int, float]]]:
@@ -198,9 +163,3 @@ def _print_passage(out: Console, place: int, score: float, document: Any, questi
         soft_wrap=True,
     )
     out.print(Text.assemble("     ", excerpt(document.text, question)), soft_wrap=not out.is_terminal)
-
-
-def _below(folder: Path, path: Path) -> str:
-    """The path as `read_folder` names what lies in the folder; one that no name begins with, if it lies elsewhere."""
-    folder, path = folder.resolve(), path.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else "\0"

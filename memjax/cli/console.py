@@ -15,6 +15,8 @@ from rich.text import Text
 
 from memjax.errors import ConfigError
 
+SKIPPED_NAMES = 3  # of each kind
+
 # Text of files and models may hold terminal control sequences: none but newline and tab get through.
 _CONTROLS = {c: "\ufffd" for c in (*range(9), *range(11, 32), *range(127, 160))}
 
@@ -63,6 +65,11 @@ def size(n: int) -> str:
     return f"{n} B"
 
 
+def count(n: int, what: str) -> str:
+    """A number with what it counts: "1 file", "2,000 files"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def hint(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is none of the known ones: those that are close, or all of them."""
     names = list(known)
@@ -82,14 +89,19 @@ def json_object(source: str, text: str) -> dict[str, Any]:
 
 
 def report_skipped(out: Console, skipped: list[Any]) -> None:
-    """How many files were not read, and the first of them with the reasons."""
+    """How many files were not read, by the kind of their reasons, with the first names of each kind."""
     if not skipped:
         return
-    out.print(f"skipped {len(skipped)} file{'s'[: len(skipped) > 1]}:", style="yellow")
-    for one in skipped[:3]:
-        out.print(Text(f"  {printable(one.path)}: {one.reason}", "yellow"), soft_wrap=True)
-    if len(skipped) > 3:
-        out.print(f"  and {len(skipped) - 3} more", style="yellow")
+    out.print(f"skipped {len(skipped):,} file{'s'[: len(skipped) > 1]}:", style="yellow")
+    kinds: dict[str, list[Any]] = {}
+    for one in skipped:
+        kinds.setdefault(one.reason.partition(":")[0], []).append(one)
+    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        names = ", ".join(one.path for one in found[:SKIPPED_NAMES])
+        more = f" and {len(found) - SKIPPED_NAMES:,} more" if len(found) > SKIPPED_NAMES else ""
+        reason = found[0].reason if len({one.reason for one in found}) == 1 else kind
+        line = f"{names}: {reason}" if len(found) == 1 else f"{len(found):,} {reason}: {names}{more}"
+        out.print(Text(f"  {' '.join(printable(line).split())}", "yellow"), soft_wrap=True)
 
 
 def write_stream(pieces: Iterable[tuple[Any, Any]], tokenizer: Any) -> int:

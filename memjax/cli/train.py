@@ -21,7 +21,7 @@ class Train(Command):
     """Train a language model on text; the same command again goes on where it stopped."""
 
     data: Path
-    """A text file, or a folder whose text files are read."""
+    """A folder whose texts are read (source code, web pages, notebooks and PDFs too), or one file."""
     mixer: str = "gla"
     """The memory in each layer, a name of `memjax list`."""
     config: str | None = None

@@ -1,12 +1,12 @@
 """Data: tokenizers, corpora and pipelines. Importing it loads numpy; tokenizers and grain wait for their first use."""
 
 from memjax.data.corpus import Document as Document
-from memjax.data.corpus import File as File
-from memjax.data.corpus import Skipped as Skipped
 from memjax.data.corpus import TokenizedDocuments as TokenizedDocuments
 from memjax.data.corpus import cut as cut
-from memjax.data.corpus import read_folder as read_folder
-from memjax.data.corpus import standard_library as standard_library
+from memjax.data.folder import File as File
+from memjax.data.folder import Skipped as Skipped
+from memjax.data.folder import read_folder as read_folder
+from memjax.data.folder import standard_library as standard_library
 from memjax.data.pipeline import generated as generated
 from memjax.data.pipeline import mark_absl_flags as mark_absl_flags
 from memjax.data.pipeline import packed_documents as packed_documents

@@ -155,10 +155,20 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 
 def is_model(path: str | os.PathLike[str]) -> bool:
     """Whether a folder says that it holds a model; `load_model` tells whether it is whole."""
+    return _stated(path).get("format") == FORMAT
+
+
+def model_hash(path: str | os.PathLike[str]) -> str | None:
+    """The hash that a model folder states, read in no time; None where there is no model folder."""
+    return _stated(path).get("hash") if is_model(path) else None
+
+
+def _stated(path: str | os.PathLike[str]) -> dict:
     try:
-        return json.loads((Path(path) / CONFIG).read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        found = json.loads((Path(path) / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------- checks

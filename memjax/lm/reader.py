@@ -30,7 +30,10 @@ from memjax.in_storage.msa import MSA, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
 from memjax.lm.generate import Sampling, generate
+from memjax.lm.words import WordIndex, fuse
 from memjax.memory import Memory
+
+RANKED = 100  # documents of each ranking that are fused
 
 
 class Pooled(NamedTuple):
@@ -108,20 +111,29 @@ def router_layers(model: Memory) -> list[MSA]:
 class Routing(NamedTuple):
     """What each router layer chose, best first; -1 and -inf: fewer documents than top_k."""
 
-    documents: Int[np.ndarray, "n b top_k"]
-    scores: Float[np.ndarray, "n b top_k"]
+    documents: Int[np.ndarray, "n b depth"]  # at least `top_k`
+    scores: Float[np.ndarray, "n b depth"]
     dropped: int = 0  # chunks of chosen documents that found no room, in all rows and layers
 
 
 def ask(
-    model: Memory, params: dict, bank: banks.Bank, question: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    question: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    *,
+    depth: int = 1,
 ) -> tuple[Any, Routing]:
-    """Route questions over the bank and read what was chosen: the state to go on from, and the routing."""
+    """Route questions over the bank and read what was chosen: the state to go on from, and the routing.
+
+    depth: documents that each layer names at least, for a ranking; it reads the chunks of its `top_k` best.
+    """
     if (n := len(router_layers(model))) != bank.rk.shape[0]:
         raise ValueError(f"ask: bank holds {bank.rk.shape[0]} router layers, the model has {n}")
     valid = jnp.asarray(valid)
     ids = jnp.where(valid, jnp.asarray(question), 0)
-    call = _Ask({"ids": ids, "valid": valid}, bank)
+    call = _Ask({"ids": ids, "valid": valid}, bank, depth)
     _, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
     return state, Routing(documents, scores, call.dropped)
@@ -168,6 +180,7 @@ def prepare(
     steps: int = 32,
     question_width: int | None = None,
     reading_width: int | None = None,
+    words: WordIndex | None = None,
 ) -> Prepared:
     """Route questions over the bank and put together what each is answered from. Arguments and errors of `answer`."""
     special, window = reading.special_ids(tokenizer), min(m.window for m in router_layers(model))
@@ -178,8 +191,12 @@ def prepare(
     if (longest := max(map(len, first))) > window:
         raise ConfigError(f"question: has {longest} tokens, the model's window is {window}")
     ids, valid = reading.pad_left(first, question_width or _round_up(longest))
-    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
-    passages = agree(routing, read)
+    depth = RANKED if words else 1
+    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid), depth=depth)
+    passages = agree(routing, max(read, depth))
+    if words:
+        passages = [fuse(found, words.rank(q, RANKED)) for found, q in zip(passages, questions, strict=True)]
+    passages = [found[:read] for found in passages]
     texts = [  # the best passage last, next to the question
         reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
         for p, q in zip(passages, asked, strict=True)
@@ -213,6 +230,7 @@ def answer(
     steps: int = 32,
     question_width: int | None = None,
     reading_width: int | None = None,
+    words: WordIndex | None = None,
 ) -> Answers:
     """Answer a batch of questions over the bank, greedily, from the text of the best `read` documents.
 
@@ -220,6 +238,8 @@ def answer(
       document_ids: document number -> its token ids, without padding.
       steps: tokens of an answer at most.
       question_width, reading_width: pad to these widths, so that batches share a compiled program; None: as needed.
+      words: an index of the same documents; what is read is chosen by its ranking and the model's together, and the
+        scores of the passages are those of `fuse`.
 
     Raises:
       ConfigError: a question is empty, or with its passages and the answer longer than the model's window.
@@ -236,6 +256,7 @@ def answer(
         steps=steps,
         question_width=question_width,
         reading_width=reading_width,
+        words=words,
     )
     tokens, _ = generate(model, params, got.state, got.prompt, steps=steps, valid=got.valid, sampling=got.sampling)
     return Answers(np.asarray(tokens), got.passages, got.routing)
@@ -296,9 +317,9 @@ class _Write(_Thread):
 class _Ask(_Thread):
     """Routes over a bank: queries on the device, the search where the bank is, attention on the device again."""
 
-    def __init__(self, tokens, bank: banks.Bank):
+    def __init__(self, tokens, bank: banks.Bank, depth: int):
         super().__init__(tokens)
-        self.bank, self.chosen, self.dropped = bank, [], 0
+        self.bank, self.depth, self.chosen, self.dropped = bank, depth, [], 0
 
     def leaf(self, memory, params, state, x):
         return _apply_leaf(memory, params, state, x, self.tokens)
@@ -311,13 +332,14 @@ class _Ask(_Thread):
             layer,
             queries,
             asks,
-            top_k=memory.top_k,
+            top_k=max(memory.top_k, self.depth),
             head_reduce=memory.head_reduce,
             query_reduce=memory.query_reduce,
             chunk_reduce=memory.chunk_reduce,
         )
-        k, v, chosen, dropped = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.chosen.append((documents, scores))
+        documents = documents[:, : memory.top_k]
+        k, v, chosen, dropped = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.dropped += int(dropped)
         y, ring, k, v = _attend(memory, params, state.ring, x, k, v, chosen, self.tokens["valid"])
         return y, MSAState(state.store, ring, k, v, chosen, documents), {}

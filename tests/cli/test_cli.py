@@ -16,10 +16,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from memjax.catalog import CATALOG, Part
 from memjax.cli import listing, main
 from memjax.cli.bank import excerpt
-from memjax.cli.console import printable, size
+from memjax.cli.console import console, printable, report_skipped, size
 from memjax.cli.listing import at_dim, reflowed
 from memjax.combinators import Residual
+from memjax.data import Skipped
 from memjax.in_state.gated_delta_net import GatedDeltaNet
+from memjax.in_storage.bank_files import open_bank
 from memjax.laws import NAMES
 from memjax.lm.files import save_model
 from memjax.lm.model import LanguageModel
@@ -386,6 +388,28 @@ def test_a_bank_inside_its_folder_is_not_read_into_itself(run, models, corpus):
         assert code == 0 and "3 documents" in out and "skipped" not in out
 
 
+def test_a_bank_of_pages_and_notebooks_cites_their_own_lines(run, models, corpus):
+    (corpus / "old.txt").write_bytes("# coding: latin-1\nThe café has number 7.\n".encode("latin-1"))
+    (corpus / "page.html").write_text("<script>\n</script>\n<p>The green house\nhas number 1.</p>")
+    (corpus / "notes.ipynb").write_text('{"cells": [\n{"source": ["The blue house"]}]}')
+    (corpus / "scan.pdf").write_bytes(b"%PDF-1.4 and no more")
+    code, out, err = run("bank", "build", corpus, "--model", models / "m0")
+    assert (code, err) == (0, "") and "6 files, " in out
+    assert "skipped 1 file:" in out and "scan.pdf: PDF: " in out
+    table = open_bank("texts.bank").documents
+    where = dict(zip(table.path, zip(table.first_line.tolist(), table.last_line.tolist(), strict=True), strict=True))
+    assert where == {
+        "a.txt": (1, 2),
+        "b.md": (1, 2),
+        "notes.ipynb": (2, 2),
+        "old.txt": (1, 2),
+        "page.html": (3, 4),
+        "sub/c.txt": (1, 2),
+    }
+    code, out, err = run("bank", "ask", "texts.bank", QUESTION)
+    assert (code, err) == (0, "") and "The " in out and "script" not in out
+
+
 def test_an_interrupted_build(run, models, corpus, monkeypatch, tmp_path):
     import memjax.lm.build
 
@@ -403,7 +427,8 @@ def test_nothing_to_read(run, models, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     build = ("bank", "build", "--model", models / "m0")
     assert_refused(run(*build, "empty"), "empty: the folder holds no text file")
-    assert_refused(run(*build, "latin.txt"), "latin.txt: can't be used as text: not UTF-8: byte 0xe9 at offset 3")
+    unknown = "latin.txt: can't be used as text: encoding unknown: byte 0xe9 at offset 3 is not UTF-8, none is declared"
+    assert_refused(run(*build, "latin.txt"), unknown)
     assert_refused(run(*build, "nowhere"), "nowhere: there is no such file or folder")
 
 
@@ -434,6 +459,20 @@ def test_an_excerpt_shows_the_words_of_the_question():
 
 def test_control_sequences_do_not_reach_the_terminal():
     assert printable("a\x1b[31mb\tc\r\nd\x9b") == "a\ufffd[31mb\tc\nd\ufffd"
+
+
+def test_many_skipped_files_are_listed_by_kind(capsys):
+    skipped = [Skipped(f"{i}.png", f"binary: a NUL byte at offset {i}") for i in range(1997)]
+    skipped += [Skipped("a\nb.pdf", "PDF: needs it"), Skipped("c.pdf", "PDF: needs it"), Skipped("\x1b.txt", "empty")]
+    report_skipped(console(), skipped)
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped 2,000 files:",
+        "  1,997 binary: 0.png, 1.png, 2.png and 1,994 more",
+        "  2 PDF: needs it: a b.pdf, c.pdf",
+        "  \ufffd.txt: empty",
+    ]
+    report_skipped(console(), [])
+    assert capsys.readouterr().out == ""
 
 
 def test_sizes():

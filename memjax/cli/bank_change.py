@@ -1,0 +1,166 @@
+"""`memjax bank build | append`: files are read into a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from tyro.conf import Positional
+
+from memjax.cli.console import Command, count, printable, report_skipped, size
+from memjax.errors import BankError, CheckpointError, ConfigError
+
+LISTED = 5  # changed files that are printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build(Command):
+    """Read the texts of a folder into a bank, or bring the bank that is there up to date with the folder.
+
+    Text and source code, web pages, notebooks, and PDFs (extra `pdf`).
+    """
+
+    folder: Positional[Path]
+    """The folder, or one file. What is no text, or in no certain encoding, is skipped and listed."""
+    model: Path | None = None
+    """Folder of a model that was trained to read a bank; for a bank that is there by default the copy inside it."""
+    bank: Path | None = None
+    """The bank to write; default: the folder's name with .bank, in the current directory."""
+    overwrite: bool = False
+    """Read everything anew, and replace a bank that is there."""
+
+    def run(self) -> None:
+        from memjax.data import read_folder
+        from memjax.lm.build import build_bank
+
+        out = self.start()
+        path = self.bank or Path(f"{self.folder.resolve().name}.bank")
+        loaded = _model(path, self.model, "build")
+        files, skipped = read_folder(self.folder)
+        own = f"{_below(self.folder, path)}/"
+        files = [f for f in files if not f.path.startswith(own)]  # a bank inside its folder is not a text
+        report_skipped(out, [s for s in skipped if not s.path.startswith(own)])
+        characters = sum(len(f.text) for f in files)
+        out.print(f"{len(files):,} files, {characters:,} characters from {self.folder}", soft_wrap=True)
+        with _Interruptible(path):
+            made = build_bank(loaded, files, path, overwrite=self.overwrite)
+        _report(out, made, self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Append(Command):
+    """Add files to a bank; one that it has by the same path is replaced where its text is another.
+
+    A file is named as `build` would name it: by its path below the folder that is given, or by its name. What was
+    appended stays when `build` brings the bank up to date.
+    """
+
+    bank: Positional[Path]
+    files: Positional[tuple[Path, ...]]
+    """Files, or folders of them."""
+    model: Path | None = None
+    """Folder of the model that built the bank; by default the copy inside the bank."""
+
+    def run(self) -> None:
+        from memjax.data import read_folder
+        from memjax.lm.build import append_files
+
+        out = self.start()
+        if not self.files:
+            raise ConfigError("FILES: names nothing to append")
+        loaded = _model(self.bank, self.model, "append")
+        files, skipped = [], []
+        for place in self.files:
+            for found, all_ in zip(read_folder(place), (files, skipped), strict=True):
+                all_ += found
+        report_skipped(out, skipped)
+        with _Interruptible(self.bank):
+            made = append_files(loaded, files, self.bank)
+        _report(out, made, self.model)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def model_of(bank: Path, manifest: dict, folder: Path | None) -> Any:
+    """The model of a bank, from a folder or from the copy inside the bank; an error if it is another."""
+    from memjax.lm.bank_model import copied_model
+    from memjax.lm.files import is_model, load_model
+
+    own = copied_model(bank, manifest["model"]["hash"])
+    if folder is None and not is_model(own):
+        raise CheckpointError(f"{bank}: holds no copy of its model, name it with --model")
+    loaded = load_model(folder or own)
+    for kind, hash_ in (("model", loaded.hash), ("tokenizer", loaded.tokenizer.hash)):
+        if (built := manifest[kind]["hash"]) != hash_:
+            found = f"was built with {kind} {built[:12]}, {folder or own} has {kind} {hash_[:12]}"
+            raise BankError(f"{bank}: {found}; use the model that built it, or build it anew with --overwrite")
+    return loaded
+
+
+def _model(bank: Path, folder: Path | None, command: str) -> Any:
+    """The model that a command is to read files with."""
+    from memjax.in_storage.bank_manifest import NAME, read_manifest
+    from memjax.lm.files import load_model
+
+    if folder is not None:
+        return load_model(folder)
+    if command == "build" and not (bank / NAME).exists():
+        raise ConfigError("--model: needs the folder of a model that was trained to read a bank")
+    return model_of(bank, read_manifest(bank), None)
+
+
+# ---------------------------------------------------------------------------------------------- what was done
+
+
+class _Interruptible:
+    """Says after Ctrl-C what there is now."""
+
+    def __init__(self, bank: Path):
+        self.bank = bank
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, *_) -> None:
+        from memjax.in_storage.bank_files import unfinished
+        from memjax.in_storage.bank_manifest import NAME
+
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            kept = "the bank is as it was" if (self.bank / NAME).exists() else "no bank was written"
+            read = unfinished(self.bank)
+            then = f"goes on behind {count(read, 'document')} that were read" if read else "begins anew"
+            raise KeyboardInterrupt(f"{kept}; the same command {then}") from None
+
+
+def _report(out: Console, made: Any, model: Path | None) -> None:
+    files = made.files
+    if done := [f"{len(paths):,} {kind}" for kind, paths in vars(files).items() if paths and kind != "unchanged"]:
+        unchanged = f", {len(files.unchanged):,} unchanged" if files.unchanged else ""
+        resumed = f", {count(made.resumed, 'document')} of an interrupted run" if made.resumed else ""
+        out.print(f"files: {', '.join(done)}{unchanged}; {count(made.read, 'document')} read{resumed}")
+        for kind, paths in (("changed", files.changed), ("removed", files.removed)):
+            _list(out, kind, paths)
+    else:
+        out.print(f"nothing to do: {count(len(files.unchanged), 'file')} unchanged")
+    counts = f"{count(made.documents, 'document')}, {made.tokens:,} tokens in {made.chunks:,} chunks"
+    out.print(f"{made.path}: {counts}, {size(made.bytes)}, {made.seconds:.1f} s", style="green", soft_wrap=True)
+    then = "" if made.has_model or model is None else f" --model {model}"
+    out.print(f'next: memjax bank ask {made.path} "..."{then}', style="dim", soft_wrap=True)
+
+
+def _list(out: Console, kind: str, paths: Sequence[str]) -> None:
+    for path in paths[:LISTED]:
+        out.print(Text(f"  {kind} {printable(path)}", "dim"), soft_wrap=True)
+    if len(paths) > LISTED:
+        out.print(f"  and {len(paths) - LISTED:,} more {kind}", style="dim")
+
+
+def _below(folder: Path, path: Path) -> str:
+    """The path as `read_folder` names what lies in the folder; one that no name begins with, if it lies elsewhere."""
+    folder, path = folder.resolve(), path.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else "\0"
