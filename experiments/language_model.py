@@ -30,7 +30,7 @@ STREAMS = 16  # held-out streams, read side by side
 class Config:
     """What is trained, and on what."""
 
-    memories: tuple[str, ...] = ("gated_delta_net", "mamba2", "gla", "retnet", "sliding_window_attention")
+    memories: tuple[str, ...] = ("gated_delta_net", "mamba2", "gla", "sliding_window_attention")
     """Names of `memjax list`."""
     folder: tuple[Path, ...] = ()
     """Folders whose text is used; none: the Python standard library."""
