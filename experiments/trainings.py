@@ -78,14 +78,14 @@ def models(layers: Layers, setting: Any) -> tuple[Any, Any]:
 
 
 def train(config: Config, run: Run, layers: Layers, setting: Any) -> dict[str, Any]:
-    """The result of one run, from its file if it is there and of the same layers, recipe and rows."""
+    """The result of one run, from its file if it is there and of the same layers, setting, recipe and rows."""
     from memjax.record import write_json
     from memjax.train.evaluation import measure
     from memjax.train.progress import Progress
     from memjax.train.small import Recipe
 
     recipe = Recipe.of(setting, steps=config.steps, learning_rate=run.learning_rate)
-    about = {**run._asdict(), "layers": layers, "recipe": asdict(recipe), "rows": config.rows}
+    about = {**run._asdict(), "layers": layers, "setting": repr(setting), "recipe": asdict(recipe), "rows": config.rows}
     about = json.loads(json.dumps(about))  # as it stands in a file: lists for tuples
     path = config.output / ("quick" if config.quick else "results") / run.file
     if path.exists():
