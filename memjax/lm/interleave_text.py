@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, TypeAlias
 
 from memjax.errors import ConfigError
 
@@ -104,10 +104,8 @@ class Decoded(NamedTuple):
     length: int | None = None
 
 
-class Decode(Protocol):
-    """A model, or a script, that continues text."""
-
-    def __call__(self, call: Call, /) -> Decoded: ...
+Decode: TypeAlias = Callable[[Call], Decoded]
+"""A model, or a script, that continues text."""
 
 
 class Round(NamedTuple):
@@ -164,9 +162,10 @@ def in_rounds(
     opening = (*_fixed(marks, marks.head, TEMPLATE), Piece(marks.before + question + marks.after, QUESTION))
     begin, delimiter, finish = (Piece(m, RESPONSE, True) for m in (marks.begin, marks.delimiter, marks.finish))
     closing = (begin, Piece(f"{marks.again}{question}\n", RESPONSE), delimiter)
-    free = math.inf if window is None else window - sum(map(size, (finish, *closing))) - limits.answer_tokens
+    ending = sum(map(size, (delimiter, finish, *closing))) + limits.answer_tokens
+    free = math.inf if window is None else window - ending
 
-    def room(text: Iterable[Piece]) -> float:
+    def room(text: Iterable[Piece]) -> int | float:
         return free - sum(map(size, text))
 
     text = (*opening, Piece("\n", QUESTION), *_fixed(marks, marks.tail, TEMPLATE), begin)
@@ -189,7 +188,7 @@ def in_rounds(
             asked = tuple(sorted({int(n) for n in _NUMBER.findall(written)}))
             found = {n: t for n in asked if (t := text_of(n)) is not None}
             answered = (*opening, *_responses(text[len(opening) :]))
-            spare = room((*answered, delimiter)) if interleave else before - length - size(delimiter)
+            spare = room(answered) if interleave else before - length
             new: dict[int, Piece] = {}
             for n, t in found.items():
                 piece = Piece(f"[{n}]. {t if original_text else ''}\n", QUESTION)
@@ -200,7 +199,7 @@ def in_rounds(
                 stopped = "window"
             elif len(rounds) == (limits.rounds if interleave else 1):
                 stopped = "rounds"
-            elif spare < 1:
+            elif spare <= size(delimiter):
                 stopped = "window"
             if not interleave:
                 text = (*text, *_responses(new.values()), delimiter)
