@@ -4,7 +4,7 @@ import re
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memjax.errors import ConfigError
@@ -254,7 +254,25 @@ def test_a_round_gets_what_the_window_has_left():
         run(("[9]", None), window=used)
 
 
+def test_no_room_for_another_round_ends_retrieval():
+    """However long the document is: it finds no room, or leaves none for a round, or a round of at least one."""
+    got = [run("[9]", library={9: "x" * n}, window=1000) for n in range(250, 450)]
+    stopped = [(g.stopped, len(g.rounds), g.documents) for g, _ in got]
+    assert all(c.tokens >= 1 for _, calls in got for c in calls)
+    assert {s[1:] for s in stopped if s[0] == "window"} >= {(1, (9,)), (1, ())} and stopped[-1] == ("window", 1, ())
+
+
+def test_what_the_cache_holds_counts_where_it_is_kept():
+    """A model may write tokens that are no text; without interleave they stay where they are."""
+    wasteful = Script(("[9]", NEXT, 900), then=("", None))
+    got = in_rounds("Why?", wasteful, {9: "x" * 300}.get, window=1500, interleave=False)
+    assert got.stopped == "window" and got.documents == ()
+    got = in_rounds("Why?", wasteful, {9: "x" * 300}.get, window=1500, limits=Limits(rounds=1))
+    assert got.stopped == "rounds" and got.documents == (9,)
+
+
 @pytest.mark.parametrize("interleave", [True, False])
+@settings(max_examples=40)
 @given(
     said=st.lists(
         st.tuples(
