@@ -4,12 +4,14 @@
 `ask` threads the model layer by layer outside jit, so that the bank may live on a device, on the host or on disk: each
 router layer searches the whole bank and reads the chunks of its choice. `answer` goes on: the texts of the documents
 that the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
-`prepare` stops before the decoding, for an answer that is shown piece by piece.
+`prepare` stops before the decoding, for an answer that is shown piece by piece. Where the model itself says which
+documents it wants to read, and wants more after reading them, see `memjax.lm.interleave`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,10 +28,10 @@ from memjax.data.tokenizer import Tokenizer
 from memjax.errors import ConfigError
 from memjax.in_storage import bank as banks
 from memjax.in_storage.bank_files import Block
-from memjax.in_storage.msa import MSA, MSAState
+from memjax.in_storage.msa import MSA, DocumentAttention, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
-from memjax.lm.generate import Sampling, generate
+from memjax.lm.generate import Prefix, Sampling, generate
 from memjax.lm.words import WordIndex, fuse
 from memjax.memory import Memory
 
@@ -129,14 +131,36 @@ def ask(
 
     depth: documents that each layer names at least, for a ranking; it reads the chunks of its `top_k` best.
     """
+    prefix, routing = ask_prefix(model, params, bank, question, valid, depth=depth)
+    return prefix.state, routing
+
+
+def ask_prefix(
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    text: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    routes: Bool[Array, "b t"] | None = None,
+    *,
+    depth: int = 1,
+) -> tuple[Prefix, Routing]:
+    """Read texts of which some tokens ask: what stands behind them, and the routing.
+
+    routes: which tokens ask the bank (None: all of them); every token behind the template sees what they chose, and
+    its own past: this is causal whatever the layers' field `causal` says, which is for pieces appended later. depth: as
+    for `ask`.
+    """
     if (n := len(router_layers(model))) != bank.rk.shape[0]:
         raise ValueError(f"ask: bank holds {bank.rk.shape[0]} router layers, the model has {n}")
     valid = jnp.asarray(valid)
-    ids = jnp.where(valid, jnp.asarray(question), 0)
-    call = _Ask({"ids": ids, "valid": valid}, bank, depth)
-    _, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
+    ids = jnp.where(valid, jnp.asarray(text), 0)
+    call = _Ask({"ids": ids, "valid": valid}, bank, valid if routes is None else valid & jnp.asarray(routes), depth)
+    y, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
-    return state, Routing(documents, scores, call.dropped)
+    last = jnp.where(valid, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], 0).max(1)
+    logits = jnp.take_along_axis(y, last[:, None, None], 1)[:, 0]
+    return Prefix(state, logits), Routing(documents, scores, call.dropped)
 
 
 def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
@@ -317,16 +341,21 @@ class _Write(_Thread):
 class _Ask(_Thread):
     """Routes over a bank: queries on the device, the search where the bank is, attention on the device again."""
 
-    def __init__(self, tokens, bank: banks.Bank, depth: int):
+    def __init__(self, tokens, bank: banks.Bank, routes, depth: int):
         super().__init__(tokens)
-        self.bank, self.depth, self.chosen, self.dropped = bank, depth, [], 0
+        self.bank, self.routes, self.depth, self.chosen, self.dropped = bank, routes, depth, [], 0
+
+    def __call__(self, memory, params, state, x):
+        if isinstance(memory, DocumentAttention) and not memory.causal:
+            memory = dataclasses.replace(memory, causal=True)
+        return super().__call__(memory, params, state, x)
 
     def leaf(self, memory, params, state, x):
         return _apply_leaf(memory, params, state, x, self.tokens)
 
     def routed(self, memory: MSA, params, state: MSAState, x):
         layer = len(self.chosen)
-        queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"])
+        queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"], self.routes)
         scores, documents = banks.route(
             self.bank,
             layer,
@@ -351,9 +380,9 @@ def _apply_leaf(memory, params, state, x, tokens):
 
 
 @functools.partial(jax.jit, static_argnames=("memory",))
-def _queries(memory: MSA, params, ring, x, valid):
+def _queries(memory: MSA, params, ring, x, valid, routes):
     position, _ = positions(ring.count, x.shape[1], valid)
-    return memory.bank_queries(memory.queries(params, x, position)), (position >= memory.template) & valid
+    return memory.bank_queries(memory.queries(params, x, position)), (position >= memory.template) & routes
 
 
 @functools.partial(jax.jit, static_argnames=("memory",))

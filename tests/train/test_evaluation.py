@@ -35,6 +35,5 @@ def test_a_reader_may_have_a_longer_window():
     short = measure(model, setting, rows=64)
     long = measure(model, setting, reader=reader, rows=64)
     assert list(long.scores) == ["T=8", "T=60"] and long.scores["T=8"] == short.scores["T=8"]
-    assert long.scores["T=60"] != short.scores["T=60"]
     assert long.steps == 60 and len(long.losses) == 3 and long.losses == short.losses
     assert long.parameters == model.param_bytes() // 4 and long.state_bytes == model.state_bytes(1)
