@@ -6,6 +6,7 @@ default zarr3 reads a flipped bit as a number and a lost file as zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def open_arrays(path: Path, manifest: dict, cache_bytes: int) -> dict[str, DiskA
             store = stores[0] if len(stores) == 1 else ts.concat(stores, axis=axis)
         arrays[name] = DiskArray(store, str(path))
     return arrays
+
+
+def metadata_problems(path: Path, manifest: dict, entry: dict) -> Iterator[str]:
+    """One line for each zarr.json of a segment that says anything else than the manifest implies.
+
+    Nothing here reads these files, but other readers of zarr3 do.
+    """
+    for name in SHARD if entry["chunks"] else ():
+        size = entry["tokens" if name == "ids" else "chunks"]
+        try:
+            ts.open(_spec(path / entry["name"] / name, name, manifest, size), read=True, open=True).result()
+        except (OSError, ValueError):  # with a page of specification
+            yield f"{path / entry['name'] / name / 'zarr.json'}: damaged, does not describe this array"
 
 
 class Stream:

@@ -126,13 +126,13 @@ def read_table(segment: Path, manifest: dict, entry: dict) -> dict:
         raise BankError(f"{file}: not a table of documents: {shorten(error)}") from None
     n = entry["documents"]
     for name in NUMBERS:
-        try:
-            column = np.array(columns[name])
-        except (ValueError, OverflowError):
-            column = np.empty(())
-        if column.shape != (n,) or column.dtype != np.int64 or column.min() < 0:
+        column = columns[name]
+        # Looked at before numpy does: one long text among the numbers would make it an array of texts as long.
+        if not (isinstance(column, list) and len(column) == n and set(map(type, column)) == {int}):
             raise BankError(f"{file}: field {name!r} needs {n} counts")
-        columns[name] = column
+        if min(column) < 0 or max(column) >= 1 << 62:
+            raise BankError(f"{file}: field {name!r} needs counts from 0 to {(1 << 62) - 1}")
+        columns[name] = np.array(column, np.int64)
     for name in ("tokens", "chunks"):
         if sum(columns[name].tolist()) != entry[name]:
             raise BankError(f"{file}: field {name!r} does not sum to {entry[name]}")
@@ -161,7 +161,7 @@ def file_problems(segment: Path, sizes: dict[str, int]) -> Iterator[str]:
             yield f"{segment / name}: missing"
         else:
             if found != size:
-                yield f"{segment / name}: {found} bytes, needs {size}"
+                yield f"{segment / name}: {found} bytes, needs {shorten(size)}"
 
 
 def _check_names(file: Path, sizes: object, manifest: dict, entry: dict) -> None:
