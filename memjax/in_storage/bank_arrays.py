@@ -102,6 +102,15 @@ class Stream:
             self._size += n
 
 
+def file_bytes(name: str, manifest: dict, size: int) -> int:
+    """How long a file with so many chunks (ids: tokens) of one layer is: whole inner chunks and their index, nothing
+    compressed and nothing left out."""
+    ids, inner = name == "ids", INNER[name]
+    row = 1 if ids else manifest["kv_heads"] * manifest["head_dim"]
+    item = (2 if manifest["vocab"] <= 1 << 16 else 4) if ids else 2 if manifest["dtype"] == "bfloat16" else 4
+    return -(-size // inner) * (inner * row * item + 4) + SHARD[name] // inner * 16 + 4
+
+
 def write_rows(store: ts.TensorStore, place: Any, rows: np.ndarray) -> None:
     """Write some shards whole, and wait until they are on disk."""
     store[place].write(rows).result()
