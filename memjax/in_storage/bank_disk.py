@@ -126,8 +126,12 @@ def shorten(error: Any) -> str:
 
 
 def is_inside(path: Any) -> bool:
-    """A relative path that stays below where it begins, on any system."""
+    """A relative path that stays below where it begins, on any system, and that can be printed."""
     if not isinstance(path, str) or not path or "\0" in path:
+        return False
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can spell
         return False
     return all(not p.anchor and ".." not in p.parts for p in (PurePosixPath(path), PureWindowsPath(path)))
 

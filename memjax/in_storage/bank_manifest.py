@@ -47,7 +47,7 @@ NOTE = {
     "version": range(VERSION, VERSION + 1),
     "base": str,
     "plan": str,
-    "first": range(LARGEST),  # number of its first segment
+    "first": range(10**8),  # number of its first segment
     "segments": [SEGMENT],
     "checksum": str,
 }

@@ -375,7 +375,7 @@ def test_ask_with_another_model(run, models, corpus):
     assert_refused(run("bank", "ask", "b", QUESTION * 12), "question: has 457 tokens, the model's window is 384")
     assert_refused(run("bank", "ask", "b", QUESTION, "--passages", 0), "--passages is 0")
     assert_refused(run("bank", "info", corpus), "manifest.json")
-    assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: exists; --overwrite")
+    assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: was built with model")
     assert run("bank", "build", corpus, "--model", models / "m1", "--bank", "b", "--overwrite")[0] == 0
     assert run("bank", "ask", "b", QUESTION, "--model", models / "m1")[0] == 0
 
