@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 		echo "Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing memjax and its tools into $(VENV) ($$($(PYTHON) --version), about 1 GB, some minutes, once) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(IN_VENV) -m pip install -qq --disable-pip-version-check -e '.[dev,demo,export,laws,notebooks,pdf]'
+	@$(IN_VENV) -m pip install -qq --disable-pip-version-check -e '.[dev,demo,export,laws,notebooks,pdf,serve]'
 	@touch $@
 
 demo: setup

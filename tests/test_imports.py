@@ -26,6 +26,7 @@ LAYERS = [
     {"memjax.catalog", "memjax.laws"},
     {"memjax"},
     {"memjax.bench", "memjax.data", "memjax.lm", "memjax.nnx", "memjax.plots", "memjax.tasks", "memjax.train"},
+    {"memjax.serve"},
     {"memjax.cli", "memjax.__main__"},
     {"experiments"},
 ]
@@ -38,7 +39,7 @@ CONTRACTS |= {f"memjax.in_storage.{path.stem}" for path in (ROOT / "memjax/in_st
 
 # Slow to import, or in need of configuration, or nothing that a user of the contract asked for.
 NOT_UNASKED = "beartype chex equinox flax grain hypothesis matplotlib"
-NOT_UNASKED += " optax orbax rich safetensors tensorstore tokenizers tyro"
+NOT_UNASKED += " optax orbax rich safetensors starlette tensorstore tokenizers tyro uvicorn"
 
 
 def module_of(path):

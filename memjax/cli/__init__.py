@@ -1,5 +1,5 @@
 """The command line: `memjax list | train | eval | generate | export | bench ops`, and
-`memjax bank build | ask | info | append | delete | verify | compact`.
+`memjax bank build | ask | serve | info | append | delete | verify | compact`.
 
 One file a group of commands. A command is a dataclass, whose fields are its flags (tyro), with `run`. What computes is
 imported in `run`, so that `--help` is quick.

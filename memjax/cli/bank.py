@@ -1,12 +1,11 @@
-"""`memjax bank`: a bank is asked, and says what it holds. What changes it: `bank_change`, `bank_care`."""
+"""`memjax bank`: a bank is asked, and says what it holds. Others: `bank_change`, `bank_care`, `bank_serve`."""
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,52 +13,33 @@ from rich.text import Text
 from tyro.conf import Positional, subcommand
 
 from memjax.cli.bank_care import Compact, Delete, Verify
-from memjax.cli.bank_change import Append, Build, model_of
+from memjax.cli.bank_change import Append, Build
+from memjax.cli.bank_serve import Asking, Serve
 from memjax.cli.console import Command, printable, size, write_stream
-from memjax.errors import ConfigError
-
-BLOCK = 4  # tokens of an answer decoded between two prints
-SHOWN = 240  # characters of a passage
-USUAL = frozenset("about does from have that their there they this what when where which will with".split())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask(Command):
+class Ask(Asking):
     """Ask a bank: the answer, and below it the passages that were read to give it."""
 
-    bank: Positional[Path]
     question: Positional[str]
-    model: Path | None = None
-    """Folder of the model that built the bank; by default the copy inside the bank."""
-    passages: int | None = None
-    """Documents that are read before answering; by default as in training."""
-    location: Literal["disk", "host", "device"] = "disk"
-    """Where the bank lies while it is searched."""
 
     def run(self) -> None:
+        from memjax.lm.asking import ask
+
         out = self.start()
-        loaded, opened = self._open()
+        loaded, opened = self.open()
         documents, began = int((opened.bank.doc_len > 0).sum()), time.perf_counter()
         tokens = int(opened.documents.tokens[opened.bank.doc_len > 0].sum())
         out.print(f"searching {documents:,} documents, {tokens:,} tokens, on {self.location} ...", style="dim")
-        pieces, passages = answer(loaded, opened, self.question, self.passages or loaded.reading.passages)
+        asked = ask(loaded, opened, self.question, self.passages)
         out.print("answer", style="bold green")
-        write_stream(pieces, loaded.tokenizer)
+        first = write_stream(asked.answer)
         out.print("\nread from", style="bold")
-        for place, (document, score) in enumerate(passages, start=1):
-            _print_passage(out, place, score, _document(opened, loaded.tokenizer, document), self.question)
-        out.print(f"\n{time.perf_counter() - began:.1f} s, compilation included", style="dim")
-
-    def _open(self) -> tuple[Any, Any]:
-        from memjax.in_storage.bank_files import open_bank
-
-        if self.passages is not None and self.passages < 1:
-            raise ConfigError(f"--passages is {self.passages}, needs at least 1")
-        opened = open_bank(self.bank)
-        loaded = model_of(self.bank, opened.manifest, self.model)
-        if loaded.reading is None:
-            raise ConfigError(f"{self.model or self.bank}: its model has no reading settings, so it can't ask a bank")
-        return loaded, opened if self.location == "disk" else open_bank(self.bank, location=self.location)
+        for place, passage in enumerate(asked.passages, start=1):
+            _print_passage(out, place, passage, self.question)
+        word = "no word" if first is None else f"first word after {first - began:.1f} s"
+        out.print(f"\n{word}, {time.perf_counter() - began:.1f} s in all, compilation included", style="dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +91,7 @@ class Bank:
     command: (
         Annotated[Build, subcommand("build")]
         | Annotated[Ask, subcommand("ask")]
+        | Annotated[Serve, subcommand("serve")]
         | Annotated[Info, subcommand("info")]
         | Annotated[Append, subcommand("append")]
         | Annotated[Delete, subcommand("delete")]
@@ -122,44 +103,17 @@ class Bank:
         return self.command.run()
 
 
-def answer(loaded: Any, opened: Any, question: str, count: int) -> tuple[Any, list[tuple[int, float]]]:
-    """The pieces of an answer as they are decoded, and the passages it is read from, (document, score), best first."""
-    from memjax.lm.generate import stream
-    from memjax.lm.reader import prepare
-
-    model, params, steps = loaded.model, loaded.params, loaded.reading.answer_tokens
-    got = prepare(model, params, opened.bank, loaded.tokenizer, [question], opened.token_ids, read=count, steps=steps)
-    pieces = stream(
-        model, params, got.state, got.prompt, steps=steps, block=BLOCK, valid=got.valid, sampling=got.sampling
-    )
-    return pieces, got.passages[0]
-
-
-def excerpt(text: str, question: str, width: int = SHOWN) -> Text:
+def excerpt(text: str, question: str, width: int | None = None) -> Text:
     """The part of a text that has most of the question's words, on one line, these words marked."""
-    text = " ".join(printable(text).split())
-    words = {w for w in re.findall(r"\w+", question.lower()) if (len(w) > 3 or w.isdigit()) and w not in USUAL}
-    pattern = "|".join(rf"\b{re.escape(w)}\b" for w in sorted(words, key=len, reverse=True)) or r"(?!)"
-    hits = [(m.start(), m.group().lower()) for m in re.finditer(pattern, text, re.IGNORECASE)]
-    begins = [max(0, min(at - width // 4, len(text) - width)) for at, _ in hits] or [0]
-    begin = max(begins, key=lambda b: len({word for at, word in hits if b <= at <= b + width - len(word)}))
-    shown = ("… " if begin else "") + text[begin : begin + width] + (" …" if begin + width < len(text) else "")
-    marked = Text(shown)
-    marked.highlight_regex(re.compile(pattern, re.IGNORECASE), "bold yellow")
-    return marked
+    from memjax.lm.asking import SHOWN, excerpt
+
+    pieces = excerpt(printable(text), question, width or SHOWN)
+    return Text.assemble(*((piece, "bold yellow" if marked else "") for piece, marked in pieces))
 
 
-def _document(opened: Any, tokenizer: Any, i: int) -> Any:
-    from memjax.data import Document
-
-    table = opened.documents
-    text = tokenizer.decode(opened.token_ids(i))
-    return Document(table.path[i], int(table.first_line[i]), int(table.last_line[i]), text)
-
-
-def _print_passage(out: Console, place: int, score: float, document: Any, question: str) -> None:
+def _print_passage(out: Console, place: int, passage: Any, question: str) -> None:
+    document, score = passage.document, f"   score {passage.score:.3f}"
     out.print(
-        Text.assemble(f"  {place}  ", (printable(document.citation), "bold magenta"), (f"   score {score:.3f}", "dim")),
-        soft_wrap=True,
+        Text.assemble(f"  {place}  ", (printable(document.citation), "bold magenta"), (score, "dim")), soft_wrap=True
     )
     out.print(Text.assemble("     ", excerpt(document.text, question)), soft_wrap=not out.is_terminal)

@@ -12,7 +12,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from memjax.cli.console import Command, count, printable, report_skipped, size
-from memjax.errors import BankError, CheckpointError, ConfigError
+from memjax.errors import ConfigError
 
 LISTED = 5  # changed files that are printed
 
@@ -86,25 +86,10 @@ class Append(Command):
 # ---------------------------------------------------------------------------------------------- the model
 
 
-def model_of(bank: Path, manifest: dict, folder: Path | None) -> Any:
-    """The model of a bank, from a folder or from the copy inside the bank; an error if it is another."""
-    from memjax.lm.bank_model import copied_model
-    from memjax.lm.files import is_model, load_model
-
-    own = copied_model(bank, manifest["model"]["hash"])
-    if folder is None and not is_model(own):
-        raise CheckpointError(f"{bank}: holds no copy of its model, name it with --model")
-    loaded = load_model(folder or own)
-    for kind, hash_ in (("model", loaded.hash), ("tokenizer", loaded.tokenizer.hash)):
-        if (built := manifest[kind]["hash"]) != hash_:
-            found = f"was built with {kind} {built[:12]}, {folder or own} has {kind} {hash_[:12]}"
-            raise BankError(f"{bank}: {found}; use the model that built it, or build it anew with --overwrite")
-    return loaded
-
-
 def _model(bank: Path, folder: Path | None, command: str) -> Any:
     """The model that a command is to read files with."""
     from memjax.in_storage.bank_manifest import NAME, read_manifest
+    from memjax.lm.bank_model import model_of
     from memjax.lm.files import load_model
 
     if folder is not None:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -104,24 +105,16 @@ def report_skipped(out: Console, skipped: list[Any]) -> None:
         out.print(Text(f"  {' '.join(printable(line).split())}", "yellow"), soft_wrap=True)
 
 
-def write_stream(pieces: Iterable[tuple[Any, Any]], tokenizer: Any) -> int:
-    """Print the text of `memjax.lm.generate.stream` (one row) as it comes; the number of tokens."""
-    import numpy as np
-
-    from memjax.data import DecodeStream
-
-    decoder, count = DecodeStream(tokenizer), 0
-
-    def write(text: str) -> None:
+def write_stream(texts: Iterable[str]) -> float | None:
+    """Print texts as they come, and a newline; when the first word was there (`time.perf_counter`), None: no word."""
+    first = None
+    for text in texts:
+        if first is None and text.strip():
+            first = time.perf_counter()
         sys.stdout.write(printable(text))
         sys.stdout.flush()
-
-    for tokens, _ in pieces:
-        written = [i for i in np.asarray(tokens)[0].tolist() if i >= 0]
-        count += len(written)
-        write("".join(map(decoder.push, written)))
-    write(decoder.finish() + "\n")
-    return count
+    sys.stdout.write("\n")
+    return first
 
 
 def _machine(device: str | None) -> str:

@@ -123,8 +123,9 @@ def continue_all(loaded: Loaded, before: Any, prompts: list[str], options: Gener
     before: what was read already, a `Prefix` with a row for each prompt, or None.
     """
     import jax
+    import numpy as np
 
-    from memjax.lm.generate import Sampling, stream
+    from memjax.lm.generate import Sampling, stream, stream_text
 
     try:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, loaded.stop)
@@ -137,17 +138,20 @@ def continue_all(loaded: Loaded, before: Any, prompts: list[str], options: Gener
         pieces = stream(
             loaded.model, loaded.params, prefix, steps=options.tokens, block=BLOCK, key=key, sampling=sampling
         )
-    last = [prefix]
+    last, written = prefix, 0
 
     def kept() -> Iterator[tuple[Any, Any]]:
-        for tokens, prefix in pieces:
-            last[0] = prefix
-            yield tokens, prefix
+        nonlocal last, written
+        for tokens, last in pieces:
+            written += int((np.asarray(tokens) >= 0).sum())
+            yield tokens, last
 
     if len(prompts) == 1:
         out.print(printable(prompts[0]), end="", style="bold", markup=False, soft_wrap=True)
-        return write_stream(kept(), loaded.tokenizer), last[0]
-    return _write_rows(kept(), loaded.tokenizer, prompts, options.tokens, out), last[0]
+        write_stream(stream_text(kept(), loaded.tokenizer))
+    else:
+        _write_rows(kept(), loaded.tokenizer, prompts, options.tokens, out)
+    return written, last
 
 
 def _read(loaded: Loaded, before: Any, prompts: list[str]) -> Any:
@@ -178,8 +182,8 @@ def _empty(model: Any, rows: int) -> Any:
     return jax.jit(model.init_state, static_argnums=0)(rows)
 
 
-def _write_rows(pieces: Iterator[Any], tokenizer: Any, prompts: list[str], tokens: int, out: Console) -> int:
-    """Print all rows at the end, since they are written side by side; the number of tokens."""
+def _write_rows(pieces: Iterator[Any], tokenizer: Any, prompts: list[str], tokens: int, out: Console) -> None:
+    """Print all rows at the end, since they are written side by side."""
     import numpy as np
 
     from memjax.train.progress import Progress
@@ -195,7 +199,6 @@ def _write_rows(pieces: Iterator[Any], tokenizer: Any, prompts: list[str], token
         out.print(printable(prompt), end="", style="bold", markup=False, soft_wrap=True)
         sys.stdout.write(printable(tokenizer.decode(ids)) + "\n")
         sys.stdout.flush()
-    return sum(map(len, written))
 
 
 def _of_ours(model: Any, params: Any, tokenizer: Any) -> Loaded:

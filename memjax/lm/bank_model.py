@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from memjax.lm.files import LoadedModel, model_hash, save_model
+from memjax.errors import BankError, CheckpointError
+from memjax.lm.files import LoadedModel, is_model, load_model, model_hash, save_model
 
 COPIED_MODEL = 64 << 20  # bytes of parameters up to which a bank carries its model
 COPY, NEXT = "model", "model.new"
@@ -18,6 +19,19 @@ COPY, NEXT = "model", "model.new"
 def copied_model(bank: Path, hash_: str) -> Path:
     """Where the copy of the bank's model is, if there is one. hash_: the model's, as the bank's manifest has it."""
     return bank / (NEXT if model_hash(bank / NEXT) == hash_ else COPY)
+
+
+def model_of(bank: Path, manifest: dict, folder: Path | None = None) -> LoadedModel:
+    """The model of a bank, from a folder or from the copy inside the bank; an error if it is another."""
+    own = copied_model(bank, manifest["model"]["hash"])
+    if folder is None and not is_model(own):
+        raise CheckpointError(f"{bank}: holds no copy of its model, name it with --model")
+    loaded = load_model(folder or own)
+    for kind, hash_ in (("model", loaded.hash), ("tokenizer", loaded.tokenizer.hash)):
+        if (built := manifest[kind]["hash"]) != hash_:
+            found = f"was built with {kind} {built[:12]}, {folder or own} has {kind} {hash_[:12]}"
+            raise BankError(f"{bank}: {found}; use the model that built it, or build it anew with --overwrite")
+    return loaded
 
 
 def copy_model(bank: Path, loaded: LoadedModel) -> None:

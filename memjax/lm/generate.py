@@ -7,7 +7,7 @@ What has been read is a `Prefix`: it can be continued, forked into several rows,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Key
 
+from memjax.data.tokenizer import DecodeStream, Tokenizer
 from memjax.memory import How, Memory
 
 
@@ -211,8 +212,16 @@ def stream(
     done = jnp.zeros(logits.shape[0], jnp.bool_)
     keys = jax.random.split(key, steps)
     for at in range(0, steps, block):
-        now = keys[at : at + block]
+        now = lax.dynamic_slice_in_dim(keys, at, min(block, steps - at))  # one program for every `at`
         tokens, state, logits, done = decode(model, params, state, logits, done, now, sampling=sampling, how=how)
         yield tokens, Prefix(state, logits)
         if sampling.stop is not None and bool(np.all(np.asarray(done))):
             return
+
+
+def stream_text(pieces: Iterable[tuple[Int[Array, "b n"], Prefix]], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of the first row of `stream`, piece by piece; some pieces are empty, none ends inside a character."""
+    decoder = DecodeStream(tokenizer)
+    for tokens, _ in pieces:
+        yield "".join(decoder.push(i) for i in np.asarray(tokens)[0].tolist() if i >= 0)
+    yield decoder.finish()
