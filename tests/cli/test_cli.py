@@ -357,6 +357,13 @@ def test_build_ask_info(run, models, corpus, tmp_path):
     scores = [float(line.split()[-1]) for line in passages.splitlines() if "score" in line]
     assert scores == sorted(scores, reverse=True)
 
+    code, out, err = run("bank", "ask", "texts.bank", "stands alone", "--passages", 3, "--words")
+    assert (code, err) == (0, "")
+    best = {line.split()[1]: float(line.split()[-1]) for line in out.splitlines() if "score" in line}
+    assert len(best) == 3 and all(score == pytest.approx(1 / 62, abs=2e-3) for score in list(best.values())[1:])
+    by_words = [name for name in best if name.split(":")[0] == "a.txt"]
+    assert best[by_words[0]] > 1 / 61  # alone found by both
+
     one = ("bank", "ask", "texts.bank", QUESTION, "--passages", 1)
     printed = [run(*one, "--location", place)[1] for place in ("disk", "host", "device")]
     answers = {text.split("answer\n")[1].rsplit("\n", 2)[0] for text in printed}
