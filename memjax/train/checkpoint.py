@@ -26,8 +26,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from memjax.errors import CheckpointError
-from memjax.in_storage.bank_disk import is_inside, shorten
+from memjax.errors import CheckpointError, shorten
+from memjax.in_storage.bank_disk import is_inside
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

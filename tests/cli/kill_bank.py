@@ -152,7 +152,7 @@ def kill(work: Path, case: Case, instants: int, rng: random.Random) -> dict[str,
             run.until_marked()
             time.sleep(parts[-1] * seconds)
             if not run.kill():  # faster than the undisturbed one: this instant comes once more, earlier
-                late, seconds = late + 1, 0.9 * seconds
+                late, seconds, done = late + 1, 0.9 * seconds, case.progress(here, decided=True)
                 break
             parts.pop()
             decided = case.decided(here, final)
