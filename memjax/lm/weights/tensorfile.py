@@ -187,7 +187,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _is_name(name: object) -> bool:
     """Whether this is the name of a file in a folder, and no path to another."""
-    return isinstance(name, str) and is_inside(name) and Path(name).name == name and name.isprintable()
+    if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
+        return False
+    return is_inside(name) and Path(name).name == name
 
 
 def _others(folder: Path) -> str:
