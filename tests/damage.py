@@ -20,6 +20,13 @@ ODD = (
 )
 
 
+class Damage(bytes):
+    """What a file is replaced with; printed only where it is short."""
+
+    def __repr__(self) -> str:
+        return f"{bytes(self)!r}" if len(self) < 4000 else f"{bytes(self[:2000])!r}... {len(self)} bytes"
+
+
 class Pairs(list):
     """A JSON object that may have a field twice."""
 

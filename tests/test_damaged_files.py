@@ -31,7 +31,7 @@ from memjax.lm.files import load_model, save_model
 from memjax.lm.weights import load_pretrained
 from memjax.lm.weights.tensorfile import TensorFile
 from memjax.memory import to_config
-from tests.damage import damaged_bytes, damaged_json, damaged_tensors
+from tests.damage import Damage, damaged_bytes, damaged_json, damaged_tensors
 from tests.in_storage.test_bank_files import block, write
 from tests.lm import tiny
 from tests.lm.published import arrays, write_folder, write_shards
@@ -266,7 +266,7 @@ def attack(folder: Path, subject: Subject, examples: int) -> dict[str, int]:
     counts = {"refused": 0, "read": 0}
 
     @settings(max_examples=examples, suppress_health_check=list(HealthCheck), database=None)
-    @given(damage=subject.damaged(data), forged=st.booleans())
+    @given(damage=subject.damaged(data).map(Damage), forged=st.booleans())
     def run(damage: bytes, forged: bool) -> None:
         file.write_bytes(damage)
         forged = forged and subject.sealed is not None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from memjax.errors import BankError
+from memjax.errors import BankError, shorten
 
 PARTIAL = ".partial-"  # in the name of every file that is not yet whole
 
@@ -117,12 +117,6 @@ def storage_errors(name: str) -> Iterator[None]:
         if system := re.search(r"os_error_code='(\d+)'", text):
             raise BankError(f"{file[1] if file else name}: {os.strerror(int(system[1]))}") from None
         raise BankError(f"{file[1] if file else name}: {shorten(text.split(' [')[0])}") from None
-
-
-def shorten(error: Any) -> str:
-    """One line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def is_inside(path: Any) -> bool:

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from memjax.errors import BankError
+from memjax.errors import BankError, shorten
 from memjax.in_storage import bank_disk as disk
-from memjax.in_storage.bank_disk import shorten, storage_errors
+from memjax.in_storage.bank_disk import storage_errors
 
 FORMAT, VERSION = "memjax-bank", 2
 NAME, UNFINISHED = "manifest.json", "unfinished.json"

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from memjax.errors import BankError
+from memjax.errors import BankError, shorten
 from memjax.in_storage.bank_arrays import SHARD, file_bytes
-from memjax.in_storage.bank_disk import is_inside, shorten, storage_errors
+from memjax.in_storage.bank_disk import is_inside, storage_errors
 
 NUMBERS = ("file", "first_line", "last_line", "tokens", "chunks")
 

@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.data.tokenizer import Tokenizer, load_tokenizer
-from memjax.errors import CheckpointError, ConfigError, TokenizerError
-from memjax.in_storage.bank_disk import shorten
+from memjax.errors import CheckpointError, ConfigError, TokenizerError, shorten
 from memjax.memory import Memory, from_config, named, nested, to_config
 
 FORMAT, VERSION = "memjax-model", 1
@@ -134,7 +133,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     try:
         reading = None if config["reading"] is None else ReadingSettings(**config["reading"])
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path / CONFIG}: {error}") from None
+        raise ConfigError(f"{path / CONFIG}: {shorten(error)}") from None
 
     file = path / PARAMS
     try:
@@ -143,8 +142,9 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         size = f" ({file.stat().st_size:,} bytes, needs {config['params_bytes']:,})" if file.is_file() else ""
         raise CheckpointError(f"{error}{size}") from None
     _check_arrays(str(file), model, arrays)
-    if (found := _hash(model, file)) != config["hash"]:
-        raise CheckpointError(f"{file}: field 'hash' of {CONFIG} is {config['hash']!r}, config and file give {found!r}")
+    if (found := _hash(model, file)) != (stated := config["hash"]):
+        said = f"field 'hash' of {CONFIG} is {shorten(repr(stated))}, config and file give {found!r}"
+        raise CheckpointError(f"{file}: {said}")
 
     tokenizer: Tokenizer = load_tokenizer(path / TOKENIZER)  # type: ignore[assignment]  # cached_property, not property
     if tokenizer.hash != config["tokenizer_hash"]:
@@ -187,9 +187,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not JSON, or truncated: {shorten(error)}") from None
     found = config.get("format") if isinstance(config, dict) else type(config).__name__
     if found != FORMAT:
-        raise CheckpointError(f"{file}: field 'format' is {found!r}, needs {FORMAT!r}")
+        raise CheckpointError(f"{file}: field 'format' is {shorten(repr(found))}, needs {FORMAT!r}")
     if config.get("version") != VERSION:
-        raise CheckpointError(f"{file}: field 'version' is {config.get('version')!r}, needs {VERSION}")
+        raise CheckpointError(f"{file}: field 'version' is {shorten(repr(config.get('version')))}, needs {VERSION}")
     if missing := FIELDS.keys() - config.keys():
         raise CheckpointError(f"{file}: has no field {min(missing)!r}")
     for name, kind in FIELDS.items():
@@ -206,7 +206,7 @@ def _build(file: Path, config: Any) -> Memory:
             named(model.param_specs())
             return model
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {shorten(error)}") from None
     except Exception as error:  # fields of the wrong type fail wherever they are used first
         said = f"{type(error).__name__}: {shorten(error)}"
         raise ConfigError(f"{file}: field 'memory' describes nothing that can be built: {said}") from None
@@ -231,7 +231,7 @@ def _check_arrays(name: str, model: Memory, arrays: Mapping[str, np.ndarray]) ->
                 f"{name}: array {leaf!r} is {found.dtype.name}{list(found.shape)}, needs float32{list(spec.shape)}"
             )
     if extra := arrays.keys() - specs.keys():
-        raise CheckpointError(f"{name}: array {min(extra)!r} is none of this model")
+        raise CheckpointError(f"{name}: array {shorten(repr(min(extra)))} is none of this model")
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

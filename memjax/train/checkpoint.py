@@ -26,8 +26,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from memjax.errors import CheckpointError
-from memjax.in_storage.bank_disk import is_inside, shorten
+from memjax.errors import CheckpointError, shorten
+from memjax.in_storage.bank_disk import is_inside
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -69,7 +69,7 @@ def save(
         (each reads its own rows of one global order), so that another number of processes can resume.
 
     Raises:
-      CheckpointError: there is a checkpoint of this step already, or something is not JSON-able.
+      CheckpointError: there is a checkpoint of this step already, something is not JSON-able, or the disk is full.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -89,6 +89,9 @@ def save(
         _remove_left_overs(final.parent)
     _barrier(f"save {step}: directory")
     trees = {"params": params, "opt_state": opt_state, "extra": extra}
+    needs, free = sum(a.nbytes for a in jax.tree.leaves(trees)), shutil.disk_usage(final.parent).free
+    if free < needs:  # said here in one line, and by orbax's threads in many
+        raise CheckpointError(f"{final}: can't be written: needs {needs:,} bytes, the disk has {free:,} left")
     with _orbax(final, "written"):
         ocp.save_checkpointables(str(temporary), {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)})
     if jax.process_index() == 0:
@@ -273,11 +276,14 @@ def _metadata(path: Path, name: str) -> Any:
 
 @contextlib.contextmanager
 def _orbax(path: Path, done: str) -> Iterator[None]:
-    """orbax's errors, which are of any class and many lines, as one that names the checkpoint."""
+    """orbax's errors, which are of any class, as one that names the checkpoint; what its threads log is beyond us."""
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{path}: can't be {done}: {type(error).__name__}: {shorten(error)}") from error
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        said = os.strerror(number) if number else f"{type(error).__name__}: {shorten(error)}"
+        raise CheckpointError(f"{path}: can't be {done}: {said}") from error
 
 
 def _check_tree(path: Path, name: str, stored: Any, wanted: Any) -> None:

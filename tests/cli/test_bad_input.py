@@ -173,7 +173,7 @@ for command in commands:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [60, 300, 2_000, 8_000, 18_000])  # too small for one file or another
+@pytest.mark.parametrize("limit", [60, 300, 2_000, 8_000, 11_000])  # too small for one file or another
 def test_a_full_disk(run, models, corpus, made, tmp_path, limit):  # noqa: F811
     """No file may grow beyond the limit: banks, the copies of models in them, and trainings."""
     bank = shutil.copytree(made, tmp_path / "texts.bank")
@@ -189,10 +189,10 @@ def test_a_full_disk(run, models, corpus, made, tmp_path, limit):  # noqa: F811
     assert done.returncode == 0, done.stderr.decode()
     for line, name in zip(done.stdout.decode().splitlines(), ("texts.bank", "new.bank", "run/"), strict=True):
         code, err = json.loads(line)
-        if limit < 10_000 or name == "new.bank":
-            assert code == 2 and err.startswith(f"error: {name}") and err.count("\n") == 1, err
-    if limit < 10_000:
-        assert tree(bank) == before and not (tmp_path / "run" / "model").exists()
+        *noise, last = err.splitlines()
+        assert code == 2 and last.startswith("error: ") and name in last and "File too large" in last, err
+        assert not noise or name == "run/"  # orbax's threads
+    assert tree(bank) == before and not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "new.bank" / "manifest.json").exists()
     for command in tried:  # and with room it goes on
         assert run(*command)[0] == 0

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from memjax import Repeat, Residual, from_config, to_config
 from memjax.errors import CheckpointError
@@ -122,7 +123,7 @@ def test_the_newest_finished_step_counts_and_old_ones_are_deleted(tmp_path):
     assert checkpoint.finished_steps(tmp_path) == [5, 10, 15]
     assert _restore(tmp_path).step == 15 and _restore(tmp_path, step=5).step == 5
     checkpoint.delete_old(tmp_path, 2)
-    assert checkpoint.finished_steps(tmp_path) == [10, 15]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
     _save(tmp_path, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
 
@@ -185,6 +186,23 @@ def test_what_is_no_json_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"config is \{'dim': array\(3\)\}, needs JSON values"):
         _save(tmp_path, 1, config={"dim": np.asarray(3)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_or_breaks(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+        with pytest.raises(CheckpointError, match=r"written: needs [\d,]+ bytes, the disk has 10 left"):
+            _save(tmp_path, 4)
+    full = OSError(28, "No space left on device")
+    for verb, call in (("written", lambda: _save(tmp_path, 4)), ("read", lambda: _restore(saved))):
+        with monkeypatch.context() as patch:
+            for name in ("save_checkpointables", "load_checkpointables"):
+                patch.setattr(ocp, name, lambda *_: (_ for _ in ()).throw(full))
+            with pytest.raises(CheckpointError, match=rf"step_0000000\d: can't be {verb}: No space left on device"):
+                call()
+    assert checkpoint.finished_steps(tmp_path) == []
+    _save(tmp_path, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004"]
 
 
 # ---------------------------------------------------------------------------------------------- damage

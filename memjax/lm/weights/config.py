@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memjax.catalog import CATALOG
-from memjax.errors import CheckpointError, ConfigError
-from memjax.in_storage.bank_disk import shorten
+from memjax.errors import CheckpointError, ConfigError, shorten
 from memjax.memory import Memory
 
 REQUIRED = object()

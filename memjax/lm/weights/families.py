@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from memjax.blocks import block
 from memjax.combinators import Residual, Stack
-from memjax.errors import ConfigError, MemjaxError
+from memjax.errors import ConfigError, MemjaxError, shorten
 from memjax.in_state.rwkv7 import RWKV7ChannelMixing
-from memjax.in_storage.bank_disk import shorten
 from memjax.lm.model import LanguageModel
 from memjax.lm.rwkv import LayerNorm, Normed, RWKVLanguageModel
 from memjax.lm.weights.config import Config

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shorten
 from memjax.in_storage.bank_disk import is_inside
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
@@ -74,7 +74,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{self.path}: {error.strerror or 'missing'}") from None
         # The two parsers of a header don't agree on everything: numbers of 5000 digits in fields that nobody reads.
         except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: truncated or damaged: {error}") from None
+            raise CheckpointError(f"{self.path}: truncated or damaged: {shorten(error)}") from None
         self.specs = dict(sorted(found.items(), key=lambda item: item[1].begin))
 
     def __iter__(self) -> Iterator[str]:
@@ -180,9 +180,16 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{index}: has no field 'weight_map'") from None
-    if not isinstance(found, dict) or not all(is_inside(f) and Path(f).name == f for f in found.values()):
+    if not isinstance(found, dict) or not all(map(_is_name, found.values())):
         raise CheckpointError(f"{index}: field 'weight_map' needs the name of a file for each tensor")
     return found
+
+
+def _is_name(name: object) -> bool:
+    """Whether this is the name of a file in a folder, and no path to another."""
+    if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
+        return False
+    return is_inside(name) and Path(name).name == name
 
 
 def _others(folder: Path) -> str:
