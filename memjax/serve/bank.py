@@ -33,6 +33,7 @@ class ServedBank:
     def about(self) -> dict[str, Any]:
         """What is asked. Raises MemjaxError or OSError where the bank can't be opened."""
         self._follow()
+        assert self._loaded.reading is not None  # open_with_model has looked
         lives = np.asarray(self._opened.bank.doc_len) > 0
         return {
             "bank": self._path.resolve().name,
