@@ -95,10 +95,14 @@ class Stream:
         if n:
             shape = list(self._store.shape)
             shape[self._axis] = self._size + n
-            place = (slice(None),) * self._axis + (slice(self._size, self._size + n),)
             with storage_errors(self._name):
                 self._store = self._store.resize(exclusive_max=shape, expand_only=True).result()
-                write_rows(self._store, place, now)
+            # File by file: where one fails, no other is under way any more and comes back after it was removed.
+            for at in range(0, n, self._shard):
+                for layer in np.ndindex(*shape[: self._axis]):
+                    part = now[(*layer, slice(at, at + self._shard))]
+                    with storage_errors(self._name):
+                        write_rows(self._store, (*layer, slice(self._size + at, self._size + at + len(part))), part)
             self._size += n
 
 
@@ -112,7 +116,7 @@ def file_bytes(name: str, manifest: dict, size: int) -> int:
 
 
 def write_rows(store: ts.TensorStore, place: Any, rows: np.ndarray) -> None:
-    """Write some shards whole, and wait until they are on disk."""
+    """Write one file whole, and wait until it is on disk."""
     store[place].write(rows).result()
 
 

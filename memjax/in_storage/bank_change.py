@@ -185,7 +185,10 @@ class Change:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if kind is not None or not self.finished:
+            if kind is not None:
+                with contextlib.suppress(BankError):  # what went wrong first is what the caller hears of
+                    self.give_up()
+            elif not self.finished:
                 self.give_up()
         finally:
             os.close(self._lock)

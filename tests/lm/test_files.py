@@ -123,6 +123,25 @@ def test_another_version_or_format(saved, field, value):
         load_model(saved)
 
 
+@pytest.mark.parametrize("value", ["x", None, True, [1], 1.5])
+@pytest.mark.parametrize("field, needs", [("params_bytes", "int"), ("hash", "str"), ("tokenizer_hash", "str")])
+def test_fields_of_another_type(saved, field, needs, value):
+    edit(saved, **{field: value})
+    if not (isinstance(value, str) and needs == "str"):
+        with pytest.raises(CheckpointError, match=f"config.json: field '{field}' is .*, needs a {needs}"):
+            load_model(saved)
+
+
+@pytest.mark.parametrize("change", [{"vocab": "x"}, {"body": None}, {"eps": [1]}, {"vocab": 0}, {"vocab": 10**30}])
+def test_a_configuration_that_is_no_model(saved, as_user, change):
+    """Fields are not checked where they are set: what they break is told all the same."""
+    memory = json.loads((saved / "config.json").read_text())["memory"]
+    edit(saved, memory={**memory, **change})
+    with pytest.raises((ConfigError, CheckpointError), match="config.json: |params.safetensors: ") as error:
+        load_model(saved)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
 def test_files_that_are_not_there(saved):
     with pytest.raises(CheckpointError, match="nowhere.config.json: .*needs a model folder"):
         load_model(saved / "nowhere")

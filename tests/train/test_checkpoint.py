@@ -233,6 +233,35 @@ def test_any_file_missing_cut_or_flipped_is_named(copied, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '"x"', "[" * 100_000, '{"crc32": ' + "1" * 5000 + "}", "{}", "\ud800"])
+def test_a_manifest_that_is_none(copied, text):
+    (copied / "checkpoint.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match="checkpoint.json: the file is truncated or damaged"):
+        _restore(copied.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "3"), ("step", -1), ("config", None), ("key", 7), ("key", {"impl": "fry", "data": [0, 5]}),
+        ("key", {"impl": None, "data": [10**30]}), ("data", {"at": 3}), ("files", ["a"]), ("files", {"../x": [1, 1]}),
+        ("files", {"a": [1]}), ("files", {"/etc/passwd": [1, 1]}), ("files", ...),
+    ],
+)  # fmt: skip
+def test_a_forged_manifest_is_refused_by_field(copied, field, value):
+    """With a right checksum: what an author could write who knows the format."""
+    manifest = json.loads((copied / "checkpoint.json").read_text())
+    del manifest["crc32"]
+    manifest[field] = value
+    if value is ...:
+        del manifest[field]
+    manifest["crc32"] = checkpoint._crc32_of(manifest)
+    (copied / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"checkpoint.json: field '{field}' is ") as error:
+        _restore(copied.parent, data_iterator=Position(0))
+    assert "\n" not in str(error.value)
+
+
 def test_another_format_is_refused(copied):
     file = copied / "checkpoint.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
