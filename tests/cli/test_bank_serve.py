@@ -31,7 +31,8 @@ def test_refused_before_anything_is_loaded(run, monkeypatch):  # noqa: F811
             assert_refused(run(*serve), "bank serve: needs starlette and uvicorn: pip install 'memjax[serve]'")
 
 
-def test_a_window_without_room_for_the_passages(run, tmp_path):  # noqa: F811
+def test_a_window_without_room_for_the_passages(run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it serves"))
     texts = {f"{i}.txt": f"{i} a text that fills a document of its own, as long as it may be" for i in range(8)}
     bank = make_bank(tmp_path, texts)
     assert_refused(run("bank", "serve", bank, "--port", 0, "--passages", 6), "answer: question, passages and answer")
