@@ -151,8 +151,9 @@ def table(rows: list[dict[str, Any]]) -> None:
         by = {row["history"]: row for row in rows if row["memory"] == name}
         first, last = by[histories[0]], by[histories[-1]]
         grows = first["state_bytes"] != last["state_bytes"]
-        state = size(first["state_bytes"]) + (" and more" if grows else "")
-        medians = [f"{1e6 * by[n]['median']:.0f}" for n in histories]
+        state = size(first["state_bytes"]) + ("+" if grows else "")
+        micro = [1e6 * by[n]["median"] for n in histories]
+        medians = [f"{us:.0f}" if us < 1e4 else f"{us / 1e3:.0f} ms" for us in micro]
         out.add_row(name, state, *medians, f"{last['median'] / first['median']:.2f}")
     Console().print(out)
 

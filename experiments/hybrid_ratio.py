@@ -71,8 +71,6 @@ def results(config: Config, name: str) -> list[dict[str, Any]]:
 
 
 def main(config: Config) -> dict[str, Any]:
-    from memjax import plots
-
     config = begun(config, QUICK)
     names = (*config.memories, FULL)
     if config.jobs > 1:
@@ -84,8 +82,7 @@ def main(config: Config) -> dict[str, Any]:
         for row in body["recall"]
     ]
     table("recall: share of right answers, mean (worst to best seed)", named)
-    if path := recorded("hybrid_ratio", body, config):
-        plots.plot_recall(path, path.with_name("hybrid_ratio.png"))
+    recorded("hybrid_ratio", body, config)
     return body
 
 

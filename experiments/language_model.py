@@ -30,7 +30,7 @@ STREAMS = 16  # held-out streams, read side by side
 class Config:
     """What is trained, and on what."""
 
-    memories: tuple[str, ...] = ("gated_delta_net", "mamba2", "gla", "retnet", "sliding_window_attention")
+    memories: tuple[str, ...] = ("gated_delta_net", "mamba2", "gla", "sliding_window_attention")
     """Names of `memjax list`."""
     folder: tuple[Path, ...] = ()
     """Folders whose text is used; none: the Python standard library."""
@@ -182,8 +182,9 @@ def table(rows: list[dict[str, Any]]) -> None:
     from memjax.cli.console import size
 
     out = Table(title="bits per byte beyond the length of training", title_justify="left", box=None)
-    for header in ("memory", "state", *(f"to {m}x" for m in MULTIPLES), "forgetting, to 16x"):
-        out.add_column(header, justify="left" if header == "memory" else "right", no_wrap=True)
+    out.add_column("memory", overflow="fold")
+    for header in ("state", *(f"to {m}x" for m in MULTIPLES), "forgetting"):
+        out.add_column(header, justify="right", no_wrap=True)
     for name in dict.fromkeys(row["memory"] for row in rows):
         same = [row for row in rows if row["memory"] == name]
         means = [f"{statistics.fmean(v):.3f}" for v in zip(*(row["bits_per_byte"] for row in same), strict=True)]

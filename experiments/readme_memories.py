@@ -44,6 +44,13 @@ def recall(record: Record) -> str:
     ]
     header = ("memory", "bytes of state", "4 pairs", "8 pairs", "16 pairs")
     header += (f"passkey, {tokens(longest)} tokens",) if far else ()
+    edge = max(record["config"]["learning_rates"])
+    chosen = {row["contestant"]: row["learning_rate"] for row in record["recall"]}
+    said.append(
+        f"The learning rate is the best of {', '.join(f'{r:g}' for r in record['config']['learning_rates'])} for the "
+        f"middle size on the first seed's rows, for {list(chosen.values()).count(edge)} of {len(chosen)} the largest; "
+        "passkeys: one seed, one rate."
+    )
     return "\n\n".join((table(header, rows), " ".join(said), source(record, RECALL)))
 
 
@@ -51,12 +58,13 @@ def hybrid_ratio(record: Record) -> str:
     """Right answers to 16 pairs by the ratio of linear to full layers."""
     if record is None:
         return missing(HYBRID)
-    by = {(row["contestant"], row["size"]): row["mean"]["K=16"] for row in record["recall"]}
+    by = {(row["contestant"], row["size"]): row for row in record["recall"]}
+    cell = lambda row: "{:.2f} ({:.2f} to {:.2f})".format(*(row[of]["K=16"] for of in ("mean", "low", "high")))  # noqa: E731
     ratios = record["ratios"]
     header = ("16 pairs, 4 layers", *ratios, "all full")
-    full = f"{by['attention', 0]:.2f}"
+    full = cell(by["attention", 0])
     names = [name for name in dict.fromkeys(name for name, _ in by) if name != "attention"]
-    rows = [(f"`{name}`, 8 x 8", *(f"{by[name, i]:.2f}" for i in range(len(ratios))), full) for name in names]
+    rows = [(f"`{name}`, 8 x 8", *(cell(by[name, i]) for i in range(len(ratios))), full) for name in names]
     return table(header, rows) + "\n\n" + source(record, HYBRID)
 
 
@@ -70,11 +78,15 @@ def language_model(record: Record) -> str:
         bits = [f"{statistics.fmean(v):.3f}" for v in zip(*(run["bits_per_byte"] for run in same), strict=True)]
         forgetting = f"{statistics.fmean(run['forgetting'][-1] for run in same):.3f}"
         rows.append((f"`{name}`", f"{same[0]['state_bytes']:,}", *bits, forgetting))
-    header = ("memory", "bytes of state", *(f"to {m}x" for m in record["multiples"]), "state dropped, to 16x")
+    multiples = record["multiples"]
+    between = [f"{a}x to {b}x" for a, b in zip(multiples, multiples[1:], strict=False)]
+    header = ("memory", "bytes of state", f"up to {multiples[0]}x", *between, f"{between[-1]}, state dropped")
     config = record["config"]
     about = (
-        f"Bits per byte of held-out text, trained on windows of {config['context']} tokens; {config['layers']} layers "
-        f"of width {config['dim']}, {config['steps']} updates. The last column forgets the state at each window. "
+        f"Bits per byte of held-out text by its distance from the beginning, in windows of {config['context']} tokens, "
+        f"the length of training; {config['layers']} layers of width {config['dim']}, {config['steps']} updates, one "
+        f"learning rate, {seeds(len(config['seeds']))}. Each stretch is other text: compare within a column, and the "
+        "last two columns, of which the second forgets the state at each window. "
     )
     return table(header, rows) + "\n\n" + about + source(record, LANGUAGE)
 
@@ -97,6 +109,11 @@ def decode_cost(record: Record) -> str:
     config = record["config"]
     about = f"One layer of width {config['dim']}; medians of {config['repeats']} runs taken in turns. "
     return table(header, rows) + "\n\n" + about + source(record, DECODE)
+
+
+def seeds(n: int) -> str:
+    """ "one seed", "3 seeds"."""
+    return "one seed" if n == 1 else f"{n} seeds"
 
 
 BLOCKS: tuple[tuple[str, Callable[[Record], str]], ...] = (

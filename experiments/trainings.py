@@ -78,14 +78,14 @@ def models(layers: Layers, setting: Any) -> tuple[Any, Any]:
 
 
 def train(config: Config, run: Run, layers: Layers, setting: Any) -> dict[str, Any]:
-    """The result of one run, from its file if it is there and of the same layers, recipe and rows."""
+    """The result of one run, from its file if it is there and of the same layers, setting, recipe and rows."""
     from memjax.record import write_json
     from memjax.train.evaluation import measure
     from memjax.train.progress import Progress
     from memjax.train.small import Recipe
 
     recipe = Recipe.of(setting, steps=config.steps, learning_rate=run.learning_rate)
-    about = {**run._asdict(), "layers": layers, "recipe": asdict(recipe), "rows": config.rows}
+    about = {**run._asdict(), "layers": layers, "setting": repr(setting), "recipe": asdict(recipe), "rows": config.rows}
     about = json.loads(json.dumps(about))  # as it stands in a file: lists for tuples
     path = config.output / ("quick" if config.quick else "results") / run.file
     if path.exists():
@@ -191,11 +191,11 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
     out.add_column("memory", overflow="fold")
     for header in ("state", *slices):
         out.add_column(header, justify="right", no_wrap=True)
-    share = lambda x: f"{x:.2f}".removeprefix("0")  # noqa: E731
+    share = lambda x, digits=2: f"{x:.{digits}f}".removeprefix("0")  # noqa: E731
     for row in rows:
         spread = row["seeds"] > 1
         cells = [
-            f"{row['mean'][s]:.3f}" + (f" {share(row['low'][s])}–{share(row['high'][s])}" if spread else "")
+            share(row["mean"][s], 3) + (f" {share(row['low'][s])}–{share(row['high'][s])}" if spread else "")
             for s in slices
         ]
         out.add_row(row["contestant"], size(row["state_bytes"]), *cells)

@@ -32,3 +32,9 @@ class TokenizerError(MemjaxError, ValueError):
 
 class DataError(MemjaxError, ValueError):
     """A corpus or a record that is empty, truncated, or not in the stated form."""
+
+
+def shorten(error: object) -> str:
+    """One line of at most 200 characters, for what a file says and others' errors, which may be pages long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

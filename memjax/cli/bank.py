@@ -23,16 +23,19 @@ class Ask(Asking):
     """Ask a bank: the answer, and below it the passages that were read to give it."""
 
     question: Positional[str]
+    words: bool = False
+    """Choose the passages by the model and by their words (BM25) together; needs the extra `demo`."""
 
     def run(self) -> None:
-        from memjax.lm.asking import ask
+        from memjax.lm.asking import ask, word_index
 
         out = self.start()
         loaded, opened = self.open()
         documents, began = int((opened.bank.doc_len > 0).sum()), time.perf_counter()
         tokens = int(opened.documents.tokens[opened.bank.doc_len > 0].sum())
         out.print(f"searching {documents:,} documents, {tokens:,} tokens, on {self.location} ...", style="dim")
-        asked = ask(loaded, opened, self.question, self.passages)
+        index = word_index(loaded, opened) if self.words else None
+        asked = ask(loaded, opened, self.question, self.passages, words=index)
         out.print("answer", style="bold green")
         first = write_stream(asked.answer)
         out.print("\nread from", style="bold")

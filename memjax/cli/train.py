@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class Train(Command):
         steps = finished_steps(directory)
         out.print(f"run    {directory}" + (f", resumed at step {steps[-1]:,}" if steps else ""), soft_wrap=True)
 
+        _remove_left_overs(directory)
         if not steps:
             directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(directory / "tokenizer.json")
@@ -166,6 +168,13 @@ def _read_json(text: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{source}: not JSON: {error}") from None
     return json_object(source, text)
+
+
+def _remove_left_overs(directory: Path) -> None:
+    """What a killed run has not given its name; checkpoints see to their own."""
+    for pattern in ("model.partial-*", "model.old-*", ".tokenizer.json.*.part"):
+        for left_over in directory.glob(pattern):
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
 
 def _one_row(files, tokenizer) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from memjax.errors import TokenizerError
+from memjax.errors import TokenizerError, shorten
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<question>", "<document>", "<answer>", "<end>")
 """The special tokens of a tokenizer made here, in the order of their ids: padding is 0; then the borders of a sequence,
@@ -255,7 +255,7 @@ def load_tokenizer(path: str | os.PathLike) -> ByteTokenizer | BPETokenizer:
         kind = ByteTokenizer if _parse(text).get("class") == "ByteTokenizer" else BPETokenizer
         return kind.from_json(text)
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: the tokenizer can't be read: {error}") from error
+        raise TokenizerError(f"{path}: the tokenizer can't be read: {shorten(error)}") from error
 
 
 class DecodeStream:

@@ -6,6 +6,7 @@ default zarr3 reads a flipped bit as a number and a lost file as zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def open_arrays(path: Path, manifest: dict, cache_bytes: int) -> dict[str, DiskA
     return arrays
 
 
+def metadata_problems(path: Path, manifest: dict, entry: dict) -> Iterator[str]:
+    """One line for each zarr.json of a segment that says anything else than the manifest implies.
+
+    Nothing here reads these files, but other readers of zarr3 do.
+    """
+    for name in SHARD if entry["chunks"] else ():
+        size = entry["tokens" if name == "ids" else "chunks"]
+        try:
+            ts.open(_spec(path / entry["name"] / name, name, manifest, size), read=True, open=True).result()
+        except (OSError, ValueError):  # with a page of specification
+            yield f"{path / entry['name'] / name / 'zarr.json'}: damaged, does not describe this array"
+
+
 class Stream:
     """One array that grows along its chunks (ids: tokens), written in whole shards. Memory: a shard and a block."""
 
@@ -81,15 +95,28 @@ class Stream:
         if n:
             shape = list(self._store.shape)
             shape[self._axis] = self._size + n
-            place = (slice(None),) * self._axis + (slice(self._size, self._size + n),)
             with storage_errors(self._name):
                 self._store = self._store.resize(exclusive_max=shape, expand_only=True).result()
-                write_rows(self._store, place, now)
+            # File by file: where one fails, no other is under way any more and comes back after it was removed.
+            for at in range(0, n, self._shard):
+                for layer in np.ndindex(*shape[: self._axis]):
+                    part = now[(*layer, slice(at, at + self._shard))]
+                    with storage_errors(self._name):
+                        write_rows(self._store, (*layer, slice(self._size + at, self._size + at + len(part))), part)
             self._size += n
 
 
+def file_bytes(name: str, manifest: dict, size: int) -> int:
+    """How long a file with so many chunks (ids: tokens) of one layer is: whole inner chunks and their index, nothing
+    compressed and nothing left out."""
+    ids, inner = name == "ids", INNER[name]
+    row = 1 if ids else manifest["kv_heads"] * manifest["head_dim"]
+    item = (2 if manifest["vocab"] <= 1 << 16 else 4) if ids else 2 if manifest["dtype"] == "bfloat16" else 4
+    return -(-size // inner) * (inner * row * item + 4) + SHARD[name] // inner * 16 + 4
+
+
 def write_rows(store: ts.TensorStore, place: Any, rows: np.ndarray) -> None:
-    """Write some shards whole, and wait until they are on disk."""
+    """Write one file whole, and wait until it is on disk."""
     store[place].write(rows).result()
 
 

@@ -57,8 +57,7 @@ class Change:
             check_manifest(str(path), seal(new))
             check_target(path, overwrite)
             if not path.exists():
-                disk.make_directory(path)
-                self._made = True
+                self._made = _make(path)
         self._lock = disk.lock(path)
         try:
             if new is not None:
@@ -87,9 +86,12 @@ class Change:
         self._base, self._plan, self._first = base_of(there), "", max([-1, *numbers.values()]) + 1
         self._done: list[dict] = []
         note = read_note(self.path, self._base)
-        if note and note["plan"]:
+        # A note that begins elsewhere is of another's making: what it would have removed is the bank.
+        if note and note["plan"] and (not there or note["first"] == self._first):
             self._plan, self._first = note["plan"], note["first"]
-            self._done = list(itertools.takewhile(self._is_whole, note["segments"]))
+            own = zip(note["segments"], itertools.count(self._first), strict=False)
+            named = itertools.takewhile(lambda pair: pair[0]["name"] == segment_name(pair[1]), own)
+            self._done = list(itertools.takewhile(self._is_whole, (entry for entry, _ in named)))
         self._keep = {name for name, number in numbers.items() if number < self._first}
         self._clean()
         if not self._plan:
@@ -161,7 +163,7 @@ class Change:
     def _open_segment(self) -> Segment:
         if self._segment is None:
             number = self._first + len(self._done)
-            self._segment = Segment(self.path / f"segment-{number:08d}", self.manifest)
+            self._segment = Segment(self.path / segment_name(number), self.manifest)
         return self._segment
 
     def _forget(self) -> None:
@@ -183,7 +185,10 @@ class Change:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if kind is not None or not self.finished:
+            if kind is not None:
+                with contextlib.suppress(BankError):  # what went wrong first is what the caller hears of
+                    self.give_up()
+            elif not self.finished:
                 self.give_up()
         finally:
             os.close(self._lock)
@@ -202,6 +207,22 @@ class Change:
         elif not (self.path / NAME).exists():
             with contextlib.suppress(OSError):  # of another's making, and not empty
                 self.path.rmdir()
+
+
+def segment_name(number: int) -> str:
+    """The folder of a segment."""
+    return f"segment-{number:08d}"
+
+
+def _make(path: Path) -> bool:
+    """Make a folder; False where another process was quicker, and the lock tells who may write."""
+    try:
+        disk.make_directory(path)
+    except BankError:
+        if not path.is_dir():
+            raise
+        return False
+    return True
 
 
 def check_target(path: Path, overwrite: bool) -> None:

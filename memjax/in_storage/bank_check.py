@@ -11,7 +11,7 @@ import numpy as np
 
 from memjax.errors import BankError
 from memjax.in_storage import bank_disk as disk
-from memjax.in_storage.bank_arrays import SHARD, open_arrays
+from memjax.in_storage.bank_arrays import SHARD, metadata_problems, open_arrays
 from memjax.in_storage.bank_disk import sha256_of_ids
 from memjax.in_storage.bank_manifest import UNFINISHED, base_of, read_manifest, read_note
 from memjax.in_storage.bank_table import file_problems, read_documents, read_table
@@ -44,9 +44,10 @@ def verify(path: str | Path, progress: Callable[[int], None] = lambda _: None) -
         with _noted(problems):
             table = read_table(segment, manifest, entry)
             missing = list(file_problems(segment, table["sizes"]))
+            known = {line.split(": ")[0] for line in missing}
             problems += missing
+            problems += [p for p in metadata_problems(path, manifest, entry) if p.split(": ")[0] not in known]
             if entry["chunks"]:
-                known = {line.split(": ")[0] for line in missing}
                 for size, problem in _chunk_problems(path, manifest, entry, table):
                     read += size
                     progress(size)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from memjax.errors import BankError
+from memjax.errors import BankError, shorten
 
 PARTIAL = ".partial-"  # in the name of every file that is not yet whole
 
@@ -119,15 +119,13 @@ def storage_errors(name: str) -> Iterator[None]:
         raise BankError(f"{file[1] if file else name}: {shorten(text.split(' [')[0])}") from None
 
 
-def shorten(error: Any) -> str:
-    """One line of at most 200 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def is_inside(path: Any) -> bool:
-    """A relative path that stays below where it begins, on any system."""
+    """A relative path that stays below where it begins, on any system, and that can be printed."""
     if not isinstance(path, str) or not path or "\0" in path:
+        return False
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can spell
         return False
     return all(not p.anchor and ".." not in p.parts for p in (PurePosixPath(path), PureWindowsPath(path)))
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from memjax.errors import BankError
+from memjax.errors import BankError, shorten
 from memjax.in_storage import bank_disk as disk
-from memjax.in_storage.bank_disk import shorten, storage_errors
+from memjax.in_storage.bank_disk import storage_errors
 
 FORMAT, VERSION = "memjax-bank", 2
 NAME, UNFINISHED = "manifest.json", "unfinished.json"
@@ -47,7 +47,7 @@ NOTE = {
     "version": range(VERSION, VERSION + 1),
     "base": str,
     "plan": str,
-    "first": range(LARGEST),  # number of its first segment
+    "first": range(10**8),  # number of its first segment
     "segments": [SEGMENT],
     "checksum": str,
 }

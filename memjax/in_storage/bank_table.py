@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from memjax.errors import BankError
-from memjax.in_storage.bank_arrays import SHARD
-from memjax.in_storage.bank_disk import is_inside, shorten, storage_errors
+from memjax.errors import BankError, shorten
+from memjax.in_storage.bank_arrays import SHARD, file_bytes
+from memjax.in_storage.bank_disk import is_inside, storage_errors
 
 NUMBERS = ("file", "first_line", "last_line", "tokens", "chunks")
 
@@ -126,13 +126,13 @@ def read_table(segment: Path, manifest: dict, entry: dict) -> dict:
         raise BankError(f"{file}: not a table of documents: {shorten(error)}") from None
     n = entry["documents"]
     for name in NUMBERS:
-        try:
-            column = np.array(columns[name])
-        except (ValueError, OverflowError):
-            column = np.empty(())
-        if column.shape != (n,) or column.dtype != np.int64 or column.min() < 0:
+        column = columns[name]
+        # Looked at before numpy does: one long text among the numbers would make it an array of texts as long.
+        if not (isinstance(column, list) and len(column) == n and set(map(type, column)) == {int}):
             raise BankError(f"{file}: field {name!r} needs {n} counts")
-        columns[name] = column
+        if min(column) < 0 or max(column) >= 1 << 62:
+            raise BankError(f"{file}: field {name!r} needs counts from 0 to {(1 << 62) - 1}")
+        columns[name] = np.array(column, np.int64)
     for name in ("tokens", "chunks"):
         if sum(columns[name].tolist()) != entry[name]:
             raise BankError(f"{file}: field {name!r} does not sum to {entry[name]}")
@@ -161,11 +161,11 @@ def file_problems(segment: Path, sizes: dict[str, int]) -> Iterator[str]:
             yield f"{segment / name}: missing"
         else:
             if found != size:
-                yield f"{segment / name}: {found} bytes, needs {size}"
+                yield f"{segment / name}: {found} bytes, needs {shorten(size)}"
 
 
 def _check_names(file: Path, sizes: object, manifest: dict, entry: dict) -> None:
-    """The files of a segment follow from its counts; no other is ever opened."""
+    """The files of a segment, and how long they are, follow from its counts; no other is ever opened."""
     shards = {}
     if entry["chunks"]:
         per_row = (manifest["layers"], -(-entry["chunks"] // SHARD["rk"]), 1, 1)
@@ -173,8 +173,14 @@ def _check_names(file: Path, sizes: object, manifest: dict, entry: dict) -> None
     total = sum(math.prod(grid) + 1 for grid in shards.values())
     if not (isinstance(sizes, dict) and len(sizes) == total):
         raise BankError(f"{file}: field 'sizes' needs the {total} files of {entry['documents']} documents")
-    names = [f"{name}/zarr.json" for name in shards]
-    names += ["/".join([name, "c", *map(str, at)]) for name, grid in shards.items() for at in np.ndindex(*grid)]
-    for name in names:
-        if name not in sizes:
-            raise BankError(f"{file}: field 'sizes' has no {name!r}")
+    for name, grid in shards.items():
+        needs: dict[str, int | None] = {f"{name}/zarr.json": None}  # of any length: nothing is read from it
+        for at in np.ndindex(*grid):
+            here = at[0] if name == "ids" else at[1]
+            left = entry["tokens" if name == "ids" else "chunks"] - here * SHARD[name]
+            needs["/".join([name, "c", *map(str, at)])] = file_bytes(name, manifest, min(left, SHARD[name]))
+        for path, length in needs.items():
+            if path not in sizes:
+                raise BankError(f"{file}: field 'sizes' has no {path!r}")
+            if length not in (None, sizes[path]):
+                raise BankError(f"{file}: field 'sizes' has {shorten(sizes[path])} for {path!r}, needs {length}")

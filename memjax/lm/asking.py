@@ -17,6 +17,7 @@ from memjax.lm.bank_model import model_of
 from memjax.lm.files import LoadedModel
 from memjax.lm.generate import stream, stream_text
 from memjax.lm.reader import Routing, prepare
+from memjax.lm.words import WordIndex
 
 Location = Literal["disk", "host", "device"]
 
@@ -27,7 +28,8 @@ USUAL = frozenset("about does from have that their there they this what when whe
 
 
 class Passage(NamedTuple):
-    """A document that was read before answering. number: in the bank; score: the mean over the router layers."""
+    """A document that was read before answering. number: in the bank; score: the mean over the router layers, or with
+    an index of words that of `fuse`."""
 
     number: int
     score: float
@@ -57,7 +59,13 @@ def open_with_model(bank: Path, model: Path | None = None, location: Location = 
 
 
 def ask(
-    loaded: LoadedModel, opened: OpenBank, question: str, passages: int | None = None, *, same_shapes: bool = False
+    loaded: LoadedModel,
+    opened: OpenBank,
+    question: str,
+    passages: int | None = None,
+    *,
+    same_shapes: bool = False,
+    words: WordIndex | None = None,
 ) -> Asked:
     """Route a question over a bank, and begin its answer.
 
@@ -66,6 +74,7 @@ def ask(
       passages: documents that are read before answering; by default as in training.
       same_shapes: pad to widths that do not depend on the question (up to 64 tokens, then in powers of two), so that
         the next one compiles nothing.
+      words: `word_index` of the bank: its ranking and the model's choose the passages together.
 
     Raises:
       ConfigError: the question is empty, or with its passages and the answer longer than the model's window.
@@ -91,6 +100,7 @@ def ask(
         steps=steps,
         question_width=question_width,
         reading_width=reading_width,
+        words=words,
     )
     pieces = stream(
         loaded.model,
@@ -104,6 +114,13 @@ def ask(
     )
     found = [Passage(i, score, document(loaded, opened, i)) for i, score in got.passages[0]]
     return Asked(stream_text(pieces, tokenizer), found, got.routing)
+
+
+def word_index(loaded: LoadedModel, opened: OpenBank) -> WordIndex:
+    """An index of what a search can find in a bank, by words. DataError without the extra `demo`."""
+    found = (opened.bank.doc_len > 0).tolist()
+    texts = [loaded.tokenizer.decode(opened.token_ids(i)) if there else None for i, there in enumerate(found)]
+    return WordIndex(texts)
 
 
 def document(loaded: LoadedModel, opened: OpenBank, number: int) -> Document:

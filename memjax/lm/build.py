@@ -143,10 +143,10 @@ def _opened(path: Path, loaded: LoadedModel, reading: ReadingSettings) -> OpenBa
     opened = open_bank(path)
     for kind, hash_ in (("model", loaded.hash), ("tokenizer", loaded.tokenizer.hash)):
         if (built := opened.manifest[kind]["hash"]) != hash_:
-            raise BankError(f"{path}: was built with {kind} {built[:12]}, not {hash_[:12]}; overwrite it to change it")
+            raise BankError(f"{path}: was built with {kind} {built[:12]}, not {hash_[:12]}; overwrite builds it anew")
     if (built := opened.manifest["document_tokens"]) not in (0, reading.document_tokens):
         now = f"the model's reading settings say {reading.document_tokens}"
-        raise BankError(f"{path}: was cut into documents of {built} tokens, {now}; overwrite it to change that")
+        raise BankError(f"{path}: was cut into documents of {built} tokens, {now}; overwrite builds it anew")
     return opened
 
 

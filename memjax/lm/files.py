@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.data.tokenizer import Tokenizer, load_tokenizer
-from memjax.errors import CheckpointError, ConfigError, TokenizerError
+from memjax.errors import CheckpointError, ConfigError, TokenizerError, shorten
 from memjax.memory import Memory, from_config, named, nested, to_config
 
 FORMAT, VERSION = "memjax-model", 1
 CONFIG, PARAMS, TOKENIZER = "config.json", "params.safetensors", "tokenizer.json"
-FIELDS = {"format", "version", "memory", "reading", "hash", "tokenizer_hash", "params_bytes"}
+FIELDS: dict[str, type] = {
+    "format": str,
+    "version": int,
+    "memory": object,
+    "reading": object,
+    "hash": str,
+    "tokenizer_hash": str,
+    "params_bytes": int,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def save_model(
       CheckpointError: params are not those of the model, or the target exists.
       TokenizerError: the tokenizer has more tokens than the model.
     """
-    import safetensors.numpy
+    from memjax.lm.weights.tensorfile import write_tensors
 
     path = Path(path)
     _check_model("model", model, tokenizer)
@@ -93,8 +101,7 @@ def save_model(
     _check_arrays("params", model, arrays)
     _check_target(path, overwrite)
     with whole_folder(path) as partial:
-        # contiguous: the file takes the bytes as they lie, whatever the strides say
-        safetensors.numpy.save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial / PARAMS)
+        write_tensors(partial / PARAMS, arrays)
         tokenizer.save(partial / TOKENIZER)
         config = {
             "format": FORMAT,
@@ -118,30 +125,26 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
       ConfigError: the configuration names a class or a field that this version does not have.
       TokenizerError: the tokenizer can't be read, is another one, or does not fit the model.
     """
-    import safetensors.numpy
-    from safetensors import SafetensorError
+    from memjax.lm.weights.tensorfile import TensorFile
 
     path = Path(path)
     config = _read_config(path / CONFIG)
+    model = _build(path / CONFIG, config["memory"])
     try:
-        model = from_config(config["memory"])
         reading = None if config["reading"] is None else ReadingSettings(**config["reading"])
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path / CONFIG}: {error}") from None
-    if not isinstance(model, Memory):
-        raise ConfigError(f"{path / CONFIG}: field 'memory' is {config['memory']!r}, needs a configuration")
+        raise ConfigError(f"{path / CONFIG}: {shorten(error)}") from None
 
     file = path / PARAMS
     try:
-        arrays = safetensors.numpy.load_file(file)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or 'missing'}") from None
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
-        size = f"{file.stat().st_size:,} bytes, needs {config['params_bytes']:,}"
-        raise CheckpointError(f"{file}: truncated or damaged ({size}): {error}") from None
+        arrays = TensorFile(file)
+    except CheckpointError as error:
+        size = f" ({file.stat().st_size:,} bytes, needs {config['params_bytes']:,})" if file.is_file() else ""
+        raise CheckpointError(f"{error}{size}") from None
     _check_arrays(str(file), model, arrays)
-    if (found := _hash(model, file)) != config["hash"]:
-        raise CheckpointError(f"{file}: field 'hash' of {CONFIG} is {config['hash']!r}, config and file give {found!r}")
+    if (found := _hash(model, file)) != (stated := config["hash"]):
+        said = f"field 'hash' of {CONFIG} is {shorten(repr(stated))}, config and file give {found!r}"
+        raise CheckpointError(f"{file}: {said}")
 
     tokenizer: Tokenizer = load_tokenizer(path / TOKENIZER)  # type: ignore[assignment]  # cached_property, not property
     if tokenizer.hash != config["tokenizer_hash"]:
@@ -149,7 +152,8 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         raise TokenizerError(f"{path / TOKENIZER}: its hash is {found}..., the model needs {needs}...")
     _check_model(str(path), model, tokenizer)
     specs = model.param_specs()
-    params = jax.tree.map(jnp.asarray, nested(specs, arrays))
+    # copied: the arrays lie in the file, which may be replaced
+    params = jax.tree.map(jnp.array, nested(specs, dict(arrays)))
     return LoadedModel(model, params, tokenizer, reading, config["hash"])
 
 
@@ -180,15 +184,33 @@ def _read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}, needs a model folder") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON, or truncated: {error}") from None
+        raise CheckpointError(f"{file}: not JSON, or truncated: {shorten(error)}") from None
     found = config.get("format") if isinstance(config, dict) else type(config).__name__
     if found != FORMAT:
-        raise CheckpointError(f"{file}: field 'format' is {found!r}, needs {FORMAT!r}")
+        raise CheckpointError(f"{file}: field 'format' is {shorten(repr(found))}, needs {FORMAT!r}")
     if config.get("version") != VERSION:
-        raise CheckpointError(f"{file}: field 'version' is {config.get('version')!r}, needs {VERSION}")
-    if missing := FIELDS - config.keys():
+        raise CheckpointError(f"{file}: field 'version' is {shorten(repr(config.get('version')))}, needs {VERSION}")
+    if missing := FIELDS.keys() - config.keys():
         raise CheckpointError(f"{file}: has no field {min(missing)!r}")
+    for name, kind in FIELDS.items():
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
+            raise CheckpointError(f"{file}: field {name!r} is {shorten(repr(config[name]))}, needs a {kind.__name__}")
     return config
+
+
+def _build(file: Path, config: Any) -> Memory:
+    """The memory of a configuration, whose declarations can be read; ConfigError for anything that is none."""
+    try:
+        model = from_config(config)
+        if isinstance(model, Memory):
+            named(model.param_specs())
+            return model
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {shorten(error)}") from None
+    except Exception as error:  # fields of the wrong type fail wherever they are used first
+        said = f"{type(error).__name__}: {shorten(error)}"
+        raise ConfigError(f"{file}: field 'memory' describes nothing that can be built: {said}") from None
+    raise ConfigError(f"{file}: field 'memory' is {shorten(repr(config))}, needs a configuration")
 
 
 def _check_model(name: str, model: Memory, tokenizer: Tokenizer) -> None:
@@ -198,7 +220,7 @@ def _check_model(name: str, model: Memory, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.reads_ids}")
 
 
-def _check_arrays(name: str, model: Memory, arrays: dict[str, np.ndarray]) -> None:
+def _check_arrays(name: str, model: Memory, arrays: Mapping[str, np.ndarray]) -> None:
     specs = named(model.param_specs())
     for leaf, spec in specs.items():
         if leaf not in arrays:
@@ -209,7 +231,7 @@ def _check_arrays(name: str, model: Memory, arrays: dict[str, np.ndarray]) -> No
                 f"{name}: array {leaf!r} is {found.dtype.name}{list(found.shape)}, needs float32{list(spec.shape)}"
             )
     if extra := arrays.keys() - specs.keys():
-        raise CheckpointError(f"{name}: array {min(extra)!r} is none of this model")
+        raise CheckpointError(f"{name}: array {shorten(repr(min(extra)))} is none of this model")
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shorten
 from memjax.lm.generate import Prefix
 from memjax.lm.weights.tensorfile import TensorFile, has_format, save_tensors
 from memjax.memory import CAPACITY_AXES, Memory, named, nested, to_config
@@ -55,7 +55,7 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
     file = TensorFile(path)
     for field, needs in (("format", FORMAT), ("version", VERSION)):
         if (found := file.metadata.get(field)) != needs:
-            raise CheckpointError(f"{path}: field {field!r} is {found!r}, needs {needs!r}")
+            raise CheckpointError(f"{path}: field {field!r} is {shorten(repr(found))}, needs {needs!r}")
     if file.metadata.get("memory") != _config(model):
         raise CheckpointError(f"{path}: field 'memory' is of a model with another configuration")
     if (found := file.metadata.get("model")) != (needs := fingerprint(model, params)):
@@ -76,7 +76,7 @@ def load_prefix(path: str | os.PathLike[str], model: Memory, params: dict) -> Pr
             needs = f"{jnp.dtype(spec.dtype).name}{list(shape)}"
             raise CheckpointError(f"{path}: array {name!r} is {a.dtype.name}{list(a.shape)}, needs {needs}")
     if extra := file.specs.keys() - expected.keys() - {"logits"}:
-        raise CheckpointError(f"{path}: array {min(extra)!r} is none of this model")
+        raise CheckpointError(f"{path}: array {shorten(repr(min(extra)))} is none of this model")
     state = nested(specs, {name: jnp.array(file[f"state.{name}"]) for name in named(specs)})
     return Prefix(state, jnp.array(logits))
 

@@ -4,12 +4,14 @@
 `ask` threads the model layer by layer outside jit, so that the bank may live on a device, on the host or on disk: each
 router layer searches the whole bank and reads the chunks of its choice. `answer` goes on: the texts of the documents
 that the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
-`prepare` stops before the decoding, for an answer that is shown piece by piece.
+`prepare` stops before the decoding, for an answer that is shown piece by piece. Where the model itself says which
+documents it wants to read, and wants more after reading them, see `memjax.lm.interleave`.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,11 +28,14 @@ from memjax.data.tokenizer import Tokenizer
 from memjax.errors import ConfigError
 from memjax.in_storage import bank as banks
 from memjax.in_storage.bank_files import Block
-from memjax.in_storage.msa import MSA, MSAState
+from memjax.in_storage.msa import MSA, DocumentAttention, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
-from memjax.lm.generate import Sampling, generate
+from memjax.lm.generate import Prefix, Sampling, generate
+from memjax.lm.words import WordIndex, fuse
 from memjax.memory import Memory
+
+RANKED = 100  # documents of each ranking that are fused
 
 
 class Pooled(NamedTuple):
@@ -108,23 +113,54 @@ def router_layers(model: Memory) -> list[MSA]:
 class Routing(NamedTuple):
     """What each router layer chose, best first; -1 and -inf: fewer documents than top_k."""
 
-    documents: Int[np.ndarray, "n b top_k"]
-    scores: Float[np.ndarray, "n b top_k"]
+    documents: Int[np.ndarray, "n b depth"]  # at least `top_k`
+    scores: Float[np.ndarray, "n b depth"]
     dropped: int = 0  # chunks of chosen documents that found no room, in all rows and layers
 
 
 def ask(
-    model: Memory, params: dict, bank: banks.Bank, question: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    question: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    *,
+    depth: int = 1,
 ) -> tuple[Any, Routing]:
-    """Route questions over the bank and read what was chosen: the state to go on from, and the routing."""
+    """Route questions over the bank and read what was chosen: the state to go on from, and the routing.
+
+    depth: documents that each layer names at least, for a ranking; it reads the chunks of its `top_k` best.
+    """
+    prefix, routing = ask_prefix(model, params, bank, question, valid, depth=depth)
+    return prefix.state, routing
+
+
+def ask_prefix(
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    text: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    routes: Bool[Array, "b t"] | None = None,
+    *,
+    depth: int = 1,
+) -> tuple[Prefix, Routing]:
+    """Read texts of which some tokens ask: what stands behind them, and the routing.
+
+    routes: which tokens ask the bank (None: all of them); every token behind the template sees what they chose, and
+    its own past: this is causal whatever the layers' field `causal` says, which is for pieces appended later. depth: as
+    for `ask`.
+    """
     if (n := len(router_layers(model))) != bank.rk.shape[0]:
         raise ValueError(f"ask: bank holds {bank.rk.shape[0]} router layers, the model has {n}")
     valid = jnp.asarray(valid)
-    ids = jnp.where(valid, jnp.asarray(question), 0)
-    call = _Ask({"ids": ids, "valid": valid}, bank)
-    _, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
+    ids = jnp.where(valid, jnp.asarray(text), 0)
+    call = _Ask({"ids": ids, "valid": valid}, bank, valid if routes is None else valid & jnp.asarray(routes), depth)
+    y, state, _ = call(model, params, _rows(model, ids.shape[0]), ids)
     documents, scores = (np.stack([np.asarray(a) for a in part]) for part in zip(*call.chosen, strict=True))
-    return state, Routing(documents, scores, call.dropped)
+    last = jnp.where(valid, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], 0).max(1)
+    logits = jnp.take_along_axis(y, last[:, None, None], 1)[:, 0]
+    return Prefix(state, logits), Routing(documents, scores, call.dropped)
 
 
 def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
@@ -168,6 +204,7 @@ def prepare(
     steps: int = 32,
     question_width: int | None = None,
     reading_width: int | None = None,
+    words: WordIndex | None = None,
 ) -> Prepared:
     """Route questions over the bank and put together what each is answered from. Arguments and errors of `answer`."""
     special, window = reading.special_ids(tokenizer), min(m.window for m in router_layers(model))
@@ -178,8 +215,12 @@ def prepare(
     if (longest := max(map(len, first))) > window:
         raise ConfigError(f"question: has {longest} tokens, the model's window is {window}")
     ids, valid = reading.pad_left(first, question_width or _round_up(longest))
-    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid))
-    passages = agree(routing, read)
+    depth = RANKED if words else 1
+    state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid), depth=depth)
+    passages = agree(routing, max(read, depth))
+    if words:
+        passages = [fuse(found, words.rank(q, RANKED)) for found, q in zip(passages, questions, strict=True)]
+    passages = [found[:read] for found in passages]
     texts = [  # the best passage last, next to the question
         reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
         for p, q in zip(passages, asked, strict=True)
@@ -213,6 +254,7 @@ def answer(
     steps: int = 32,
     question_width: int | None = None,
     reading_width: int | None = None,
+    words: WordIndex | None = None,
 ) -> Answers:
     """Answer a batch of questions over the bank, greedily, from the text of the best `read` documents.
 
@@ -220,6 +262,8 @@ def answer(
       document_ids: document number -> its token ids, without padding.
       steps: tokens of an answer at most.
       question_width, reading_width: pad to these widths, so that batches share a compiled program; None: as needed.
+      words: an index of the same documents; what is read is chosen by its ranking and the model's together, and the
+        scores of the passages are those of `fuse`.
 
     Raises:
       ConfigError: a question is empty, or with its passages and the answer longer than the model's window.
@@ -236,6 +280,7 @@ def answer(
         steps=steps,
         question_width=question_width,
         reading_width=reading_width,
+        words=words,
     )
     tokens, _ = generate(model, params, got.state, got.prompt, steps=steps, valid=got.valid, sampling=got.sampling)
     return Answers(np.asarray(tokens), got.passages, got.routing)
@@ -296,28 +341,34 @@ class _Write(_Thread):
 class _Ask(_Thread):
     """Routes over a bank: queries on the device, the search where the bank is, attention on the device again."""
 
-    def __init__(self, tokens, bank: banks.Bank):
+    def __init__(self, tokens, bank: banks.Bank, routes, depth: int):
         super().__init__(tokens)
-        self.bank, self.chosen, self.dropped = bank, [], 0
+        self.bank, self.routes, self.depth, self.chosen, self.dropped = bank, routes, depth, [], 0
+
+    def __call__(self, memory, params, state, x):
+        if isinstance(memory, DocumentAttention) and not memory.causal:
+            memory = dataclasses.replace(memory, causal=True)
+        return super().__call__(memory, params, state, x)
 
     def leaf(self, memory, params, state, x):
         return _apply_leaf(memory, params, state, x, self.tokens)
 
     def routed(self, memory: MSA, params, state: MSAState, x):
         layer = len(self.chosen)
-        queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"])
+        queries, asks = _queries(memory, params, state.ring, x, self.tokens["valid"], self.routes)
         scores, documents = banks.route(
             self.bank,
             layer,
             queries,
             asks,
-            top_k=memory.top_k,
+            top_k=max(memory.top_k, self.depth),
             head_reduce=memory.head_reduce,
             query_reduce=memory.query_reduce,
             chunk_reduce=memory.chunk_reduce,
         )
-        k, v, chosen, dropped = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.chosen.append((documents, scores))
+        documents = documents[:, : memory.top_k]
+        k, v, chosen, dropped = banks.read(self.bank, layer, documents, memory.max_chunks)
         self.dropped += int(dropped)
         y, ring, k, v = _attend(memory, params, state.ring, x, k, v, chosen, self.tokens["valid"])
         return y, MSAState(state.store, ring, k, v, chosen, documents), {}
@@ -329,9 +380,9 @@ def _apply_leaf(memory, params, state, x, tokens):
 
 
 @functools.partial(jax.jit, static_argnames=("memory",))
-def _queries(memory: MSA, params, ring, x, valid):
+def _queries(memory: MSA, params, ring, x, valid, routes):
     position, _ = positions(ring.count, x.shape[1], valid)
-    return memory.bank_queries(memory.queries(params, x, position)), (position >= memory.template) & valid
+    return memory.bank_queries(memory.queries(params, x, position)), (position >= memory.template) & routes
 
 
 @functools.partial(jax.jit, static_argnames=("memory",))

@@ -77,7 +77,7 @@ def cut_files(
         raise DataError(f"files: {len(files)} files give no document of {width} tokens")
     none = np.zeros(0, np.int32)
     join = lambda name: np.concatenate([getattr(p, name) for p in parts]) if parts else none  # noqa: E731
-    ids = join("ids") if parts else none.reshape(0, width)
+    ids: np.ndarray = join("ids") if parts else none.reshape(0, width)
     lengths = join("lengths")
     whole = TokenizedDocuments(
         ids,
@@ -87,7 +87,7 @@ def cut_files(
         join("last_line"),
         tuple(f.path for f in files),
     )
-    return whole, [sha256_of_ids(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+    return whole, [sha256_of_ids(ids[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 
 def chosen(documents: TokenizedDocuments, rows: list[int]) -> TokenizedDocuments:

@@ -16,7 +16,7 @@ from memjax.in_storage.bank_files import OpenBank
 from memjax.in_storage.bank_manifest import NAME
 from memjax.lm.asking import Asked, Passage, ask, excerpt
 from memjax.lm.files import LoadedModel
-from memjax.lm.reader import Routing, agree
+from memjax.lm.reader import Routing, agree, router_layers
 
 
 class ServedBank:
@@ -33,21 +33,31 @@ class ServedBank:
     def about(self) -> dict[str, Any]:
         """What is asked. Raises MemjaxError or OSError where the bank can't be opened."""
         self._follow()
+        assert self._loaded.reading is not None  # open_with_model has looked
         lives = np.asarray(self._opened.bank.doc_len) > 0
-        reading = self._loaded.reading
-        assert reading is not None  # it was opened to be asked
         return {
             "bank": self._path.resolve().name,
             "documents": int(lives.sum()),
             "tokens": int(self._opened.documents.tokens[lives].sum()),
             "layers": self._opened.manifest["layers"],
-            "passages": self._passages or reading.passages,
+            "passages": self._passages or self._loaded.reading.passages,
             "model": self._loaded.hash[:12],
         }
 
     def warm_up(self) -> None:
-        """Ask something, so that the first question waits for no compiler. Errors of `ask`."""
+        """Ask something, so that the first question waits for no compiler.
+
+        Raises the errors of `ask`, and ConfigError where no question would leave room for the passages.
+        """
         self._follow()
+        assert (reading := self._loaded.reading) is not None  # open_with_model has looked
+        window = min(layer.window for layer in router_layers(self._loaded.model))
+        passages = (self._passages or reading.passages) * (1 + reading.document_tokens)
+        if (needed := passages + reading.answer_tokens + 2) > window:
+            raise ConfigError(
+                f"answer: question, passages and answer are {needed} tokens at least where the passages are full, the "
+                f"model's window is {window}; serve fewer passages"
+            )
         first = int(self._opened.living()[0])
         for _ in self.ask(self._loaded.tokenizer.decode(self._opened.token_ids(first)[:8])):
             pass

@@ -11,11 +11,13 @@ The directory is local, or shared by all processes; every process calls `save` a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,8 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shorten
+from memjax.in_storage.bank_disk import is_inside
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -66,7 +69,7 @@ def save(
         (each reads its own rows of one global order), so that another number of processes can resume.
 
     Raises:
-      CheckpointError: there is a checkpoint of this step already, or something is not JSON-able.
+      CheckpointError: there is a checkpoint of this step already, something is not JSON-able, or the disk is full.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -83,11 +86,14 @@ def save(
     }
     if jax.process_index() == 0:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in final.parent.glob("step_*.tmp*"):  # of a run that was killed while it wrote or deleted
-            shutil.rmtree(left_over)
+        _remove_left_overs(final.parent)
     _barrier(f"save {step}: directory")
     trees = {"params": params, "opt_state": opt_state, "extra": extra}
-    ocp.save_checkpointables(str(temporary), {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)})
+    needs, free = sum(a.nbytes for a in jax.tree.leaves(trees)), shutil.disk_usage(final.parent).free
+    if free < needs:  # said here in one line, and by orbax's threads in many
+        raise CheckpointError(f"{final}: can't be written: needs {needs:,} bytes, the disk has {free:,} left")
+    with _orbax(final, "written"):
+        ocp.save_checkpointables(str(temporary), {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)})
     if jax.process_index() == 0:
         names = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
         manifest["files"] = {n: [(temporary / n).stat().st_size, _crc32(temporary / n)] for n in names}
@@ -99,8 +105,9 @@ def save(
 
 
 def delete_old(directory: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints, and what killed processes left."""
     if jax.process_index() == 0:
+        _remove_left_overs(Path(directory))
         for step in finished_steps(directory)[:-keep]:
             path = Path(directory) / f"step_{step:08d}"
             doomed = path.with_name(path.name + ".tmp")  # renamed first: half of it must not look finished
@@ -108,9 +115,15 @@ def delete_old(directory: str | os.PathLike[str], keep: int) -> None:
             shutil.rmtree(doomed)
 
 
+def _remove_left_overs(directory: Path) -> None:
+    """Of a run that was killed while it wrote or deleted."""
+    for left_over in directory.glob("step_*.tmp*"):
+        shutil.rmtree(left_over)
+
+
 def finished_steps(directory: str | os.PathLike[str]) -> list[int]:
     """Steps with a finished checkpoint, ascending; empty where the directory is missing."""
-    matches = (re.fullmatch(r"step_(\d+)", p.name) for p in Path(directory).glob("step_*") if p.is_dir())
+    matches = (re.fullmatch(r"step_([0-9]{8,})", p.name) for p in Path(directory).glob("step_*") if p.is_dir())
     return sorted(int(m[1]) for m in matches if m)
 
 
@@ -146,15 +159,20 @@ def restore(
     if config is not None and (found := _difference(manifest["config"], _as_json("config", config), "config")):
         field, stored, given = found
         raise CheckpointError(f"{path}: {field} is {stored} in the checkpoint, needed {given}")
+    key = _key_from_json(path / MANIFEST, manifest["key"])
     _check_files(path, manifest)
     wanted = {"params": params, "opt_state": opt_state, "extra": extra}
     trees = _load(path, {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)})
     if data_iterator is not None:
         if manifest["data"] is None:
             raise CheckpointError(f"{path}: has no data position, needed one to resume data_iterator")
-        data_iterator.set_state(manifest["data"])
+        try:
+            data_iterator.set_state(manifest["data"])
+        except Exception as error:  # whatever an iterator makes of a position that is none of its own
+            said = f"field 'data' is no position of data_iterator: {shorten(error)}"
+            raise CheckpointError(f"{path / MANIFEST}: {said}") from error
     whole = {name: trees.get(name, tree) for name, tree in wanted.items()}  # a tree without arrays is its own value
-    return Checkpoint(manifest["step"], key=_key_from_json(manifest["key"]), **whole)
+    return Checkpoint(manifest["step"], key=key, **whole)
 
 
 def load_params(path: str | os.PathLike[str], abstract: Any = None) -> tuple[dict[str, Any], Any]:
@@ -187,15 +205,33 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         crc32 = manifest.pop("crc32")
+        found = _crc32_of(manifest)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: the file is missing") from None
-    except (ValueError, KeyError, AttributeError):
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"{file}: the file is truncated or damaged") from None
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format is {manifest.get('format')}, needed {FORMAT}")
-    if crc32 != _crc32_of(manifest):
+        raise CheckpointError(f"{file}: format is {_word(manifest.get('format'))}, needed {FORMAT}")
+    if crc32 != found:
         raise CheckpointError(f"{file}: the file is damaged, its crc32 is not the one stored in it")
+    for field, fits, needs in (
+        ("step", lambda v: type(v) is int and v >= 0, "a whole number"),
+        ("config", lambda v: isinstance(v, dict), "an object"),
+        ("key", lambda v: isinstance(v, dict) and v.keys() == {"impl", "data"}, "an object of impl and data"),
+        ("data", lambda v: True, "a position"),
+        ("files", lambda v: isinstance(v, dict) and all(map(_is_entry, v.items())), "size and crc32 of each file"),
+    ):
+        if field not in manifest or not fits(manifest[field]):
+            raise CheckpointError(f"{file}: field {field!r} is {_word(manifest.get(field, ...))}, needed {needs}")
     return manifest
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    """Whether this is (name, [size, crc32]) of a file in the checkpoint."""
+    name, value = entry
+    return is_inside(name) and isinstance(value, list) and [type(v) for v in value] == [int, int]
 
 
 def _check_files(path: Path, manifest: dict[str, Any]) -> None:
@@ -223,7 +259,8 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     def target(a) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed(a) else device)
 
-    loaded = ocp.load_checkpointables(str(path), jax.tree.map(target, wanted))
+    with _orbax(path, "read"):
+        loaded = ocp.load_checkpointables(str(path), jax.tree.map(target, wanted))
     return jax.tree.map(lambda a, got: got if placed(a) else jax.numpy.asarray(np.asarray(got)), wanted, loaded)
 
 
@@ -233,7 +270,20 @@ def _metadata(path: Path, name: str) -> Any:
 
     if not (path / name).is_dir():
         raise CheckpointError(f"{path}: has no {name}")
-    return ocp.metadata(str(path), name).metadata
+    with _orbax(path, "read"):
+        return ocp.metadata(str(path), name).metadata
+
+
+@contextlib.contextmanager
+def _orbax(path: Path, done: str) -> Iterator[None]:
+    """orbax's errors, which are of any class, as one that names the checkpoint; what its threads log is beyond us."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        said = os.strerror(number) if number else f"{type(error).__name__}: {shorten(error)}"
+        raise CheckpointError(f"{path}: can't be {done}: {said}") from error
 
 
 def _check_tree(path: Path, name: str, stored: Any, wanted: Any) -> None:
@@ -270,7 +320,7 @@ def _difference(stored: Any, given: Any, path: str) -> tuple[str, str, str] | No
 
 
 def _word(value: Any) -> str:
-    return "absent" if value is ... else json.dumps(value)
+    return "absent" if value is ... else shorten(json.dumps(value))
 
 
 # ---------------------------------------------------------------------------------------------- small things
@@ -282,9 +332,12 @@ def _key_to_json(key: Array) -> dict[str, Any]:
     return {"impl": str(jax.random.key_impl(key)) if typed else None, "data": np.asarray(data).tolist()}
 
 
-def _key_from_json(stored: dict[str, Any]) -> Array:
-    data = jax.numpy.asarray(stored["data"], jax.numpy.uint32)
-    return data if stored["impl"] is None else jax.random.wrap_key_data(data, impl=stored["impl"])
+def _key_from_json(file: Path, stored: dict[str, Any]) -> Array:
+    try:
+        data = jax.numpy.asarray(np.asarray(stored["data"], np.uint32))
+        return data if stored["impl"] is None else jax.random.wrap_key_data(data, impl=stored["impl"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{file}: field 'key' is no random key: {shorten(error)}") from None
 
 
 def _position(data_iterator: Any) -> Any:

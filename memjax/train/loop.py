@@ -111,6 +111,7 @@ def fit(
         done, params, opt_state, key, _ = checkpoint.restore(
             directory, params=params, opt_state=opt_state, config=config, data_iterator=batches
         )
+        checkpoint.delete_old(directory, keep)  # as the session would have done that was killed before
     else:
         params = jax.tree.map(jnp.copy, params)  # the step donates its arguments
 

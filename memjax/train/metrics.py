@@ -39,11 +39,14 @@ class JSONLWriter:
         self._opened = False
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        if not self._opened:
-            self._drop_from(step)
-            self._opened = True
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            if not self._opened:
+                self._drop_from(step)
+                self._opened = True
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # a full disk is reported without the name of the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _drop_from(self, step: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,30 +108,38 @@ def retrieval_loss(
       gold [b] int32                                        the document that answers
       reading [b, t] int32, reading_valid [b, t] bool       what is read then, answer included
       answer [b, t] bool                                    which tokens of `reading` are the answer
+      passages                                              optional: another pool with its questions, that only route
 
     Metrics: "aux", "answer_loss", "text_loss", "answer_accuracy" (whole answers), "recall_at_k" (mean over layers),
-    "lost_chunks" (of the pool, found no room in the stores: more than 0 is a capacity too small).
+    "lost_chunks" (of the pools, found no room in the stores: more than 0 is a capacity too small); with `passages` also
+    "passages_aux" and "passages_recall_at_k", and the loss has `aux_weight` times the former.
 
     Raises ValueError at trace time where the model has no router layer, or its store fewer documents than the pool.
     """
 
-    def loss(params: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        documents, question, reading = batch["documents"], batch["question"], batch["reading"]
-        b = question.shape[0]
-        empty = model.init_state(documents.shape[0])
-        _, state = model.write(params, empty, documents, valid=batch["document_valid"], how=how)
-        state = model.restart(state, b)
+    def routed(params: Any, batch: dict[str, Array]) -> tuple[Array, Array, Array, Any]:
+        """Router loss, recall, chunks without room, and the state to answer from."""
+        documents, question = batch["documents"], batch["question"]
+        _, state = model.write(
+            params, model.init_state(documents.shape[0]), documents, valid=batch["document_valid"], how=how
+        )
+        state = model.restart(state, question.shape[0])
         _, state, aux = model.apply_with_aux(params, state, question, valid=batch["question_valid"], how=how)
-        routed = [(a["doc_scores"][:, 0], a["documents"][:, 0]) for a in routing(aux)]
-        room = min((s.shape[-1] for s, _ in routed), default=0)
+        found = [(a["doc_scores"][:, 0], a["documents"][:, 0]) for a in routing(aux)]
+        room = min((s.shape[-1] for s, _ in found), default=0)
         if room < documents.shape[0]:
             raise ValueError(f"retrieval_loss: documents has {documents.shape[0]} rows, the model's stores hold {room}")
-        positive = batch["gold"][:, None] == jnp.arange(routed[0][0].shape[-1], dtype=jnp.int32)[None]
+        positive = batch["gold"][:, None] == jnp.arange(room, dtype=jnp.int32)[None]
         contrast = jnp.stack(
-            [router_loss(s, positive, method=method, temperature=temperature) for s, _ in routed]
+            [router_loss(s, positive, method=method, temperature=temperature) for s, _ in found]
         ).mean()
-        recall = jnp.stack([(d == batch["gold"][:, None]).any(-1) for _, d in routed]).astype(jnp.float32).mean()
+        recall = jnp.stack([(d == batch["gold"][:, None]).any(-1) for _, d in found]).astype(jnp.float32).mean()
+        lost = jnp.stack([s.count[2] for s in stores(state)]).sum().astype(jnp.float32)
+        return contrast, recall, lost, state
 
+    def loss(params: Any, batch: dict[str, Any], key: Array) -> tuple[Array, dict[str, Array]]:
+        contrast, recall, lost, state = routed(params, batch)
+        reading = batch["reading"]
         logits, _ = model.apply(params, state, reading[:, :-1], valid=batch["reading_valid"][:, :-1], how=how)
         targets, answer = reading[:, 1:], batch["answer"][:, 1:]
         text = target_mask(reading, valid=batch["reading_valid"]) & ~answer
@@ -140,9 +148,12 @@ def retrieval_loss(
         right = ((logits.argmax(-1) == targets) | ~answer).all(-1).astype(jnp.float32).mean()
         total = lm_weight * (answer_loss + text_weight * text_loss) + aux_weight * contrast
         metrics = {"aux": contrast, "answer_loss": answer_loss, "text_loss": text_loss}
-        lost = jnp.stack([s.count[2] for s in stores(state)]).sum()
-        metrics |= {"answer_accuracy": right, "recall_at_k": recall, "lost_chunks": lost.astype(jnp.float32)}
-        return total, metrics
+        metrics |= {"answer_accuracy": right, "recall_at_k": recall}
+        if "passages" in batch:
+            contrast, recall, more, _ = routed(params, batch["passages"])
+            total, lost = total + aux_weight * contrast, lost + more
+            metrics |= {"passages_aux": contrast, "passages_recall_at_k": recall}
+        return total, metrics | {"lost_chunks": lost}
 
     return loss
 

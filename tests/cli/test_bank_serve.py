@@ -9,7 +9,6 @@ import sys
 import urllib.request
 
 import pytest
-import uvicorn
 
 from tests.cli.test_cli import QUESTION, assert_refused, corpus, models, run  # noqa: F401
 from tests.serve.bench import make_bank
@@ -33,10 +32,17 @@ def test_refused_before_anything_is_loaded(run, monkeypatch):  # noqa: F811
 
 
 def test_a_window_without_room_for_the_passages(run, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(uvicorn.Server, "run", None)  # it does not come to that
-    texts = {f"{i}.txt": f"{i} a text that fills a document of its own, and no more of them" for i in range(3)}
-    bank = make_bank(tmp_path, texts, window=200)
-    assert_refused(run("bank", "serve", bank, "--port", 0, "--passages", 3), "answer: question, passages and answer")
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it serves"))
+    texts = {f"{i}.txt": f"{i} a text that fills a document of its own, as long as it may be" for i in range(8)}
+    bank = make_bank(tmp_path, texts)
+    assert_refused(run("bank", "serve", bank, "--port", 0, "--passages", 6), "answer: question, passages and answer")
+
+
+@pytest.mark.slow
+def test_its_exit_status_says_that_it_was_refused():
+    command = [sys.executable, "-m", "memjax", "bank", "serve", "none.bank", "--port", "65536"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr == "error: --port is 65536, needs 0 to 65535\n"
 
 
 @pytest.mark.slow

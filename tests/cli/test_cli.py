@@ -359,6 +359,13 @@ def test_build_ask_info(run, models, corpus, tmp_path):
     scores = [float(line.split()[-1]) for line in passages.splitlines() if "score" in line]
     assert scores == sorted(scores, reverse=True)
 
+    code, out, err = run("bank", "ask", "texts.bank", "stands alone", "--passages", 3, "--words")
+    assert (code, err) == (0, "")
+    best = {line.split()[1]: float(line.split()[-1]) for line in out.splitlines() if "score" in line}
+    assert len(best) == 3 and all(score == pytest.approx(1 / 62, abs=2e-3) for score in list(best.values())[1:])
+    by_words = [name for name in best if name.split(":")[0] == "a.txt"]
+    assert best[by_words[0]] > 1 / 61  # alone found by both
+
     one = ("bank", "ask", "texts.bank", QUESTION, "--passages", 1)
     printed = [run(*one, "--location", place)[1] for place in ("disk", "host", "device")]
     answers = {text.split("answer\n")[1].rsplit("\n", 2)[0] for text in printed}
@@ -377,7 +384,7 @@ def test_ask_with_another_model(run, models, corpus):
     assert_refused(run("bank", "ask", "b", QUESTION * 12), "question: has 457 tokens, the model's window is 384")
     assert_refused(run("bank", "ask", "b", QUESTION, "--passages", 0), "--passages is 0")
     assert_refused(run("bank", "info", corpus), "manifest.json")
-    assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: exists; --overwrite")
+    assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: was built with model")
     assert run("bank", "build", corpus, "--model", models / "m1", "--bank", "b", "--overwrite")[0] == 0
     assert run("bank", "ask", "b", QUESTION, "--model", models / "m1")[0] == 0
 

@@ -22,6 +22,7 @@ from memjax.in_storage.bank_files import (
     open_bank,
     unfinished,
 )
+from memjax.in_storage.bank_manifest import base_of, read_manifest, write_note
 from tests.in_storage.test_bank_files import ABOUT, BLOCKS, LENGTHS, answers, assert_same, block, tree, use_all, write
 
 MORE = [block([6], 3, "c.txt"), block([2, 2], 4, "c.txt"), block([7], 5, "d.txt")]
@@ -251,6 +252,16 @@ def test_without_its_note_a_folder_is_no_bank(tmp_path):
     with pytest.raises(BankError, match="exists and is no bank; it is not overwritten"):
         build(tmp_path / "b")
     assert tree(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("first, name", [(0, "segment-00000000"), (2, "segment-00000000"), (2, "segment-00000003")])
+def test_a_note_that_would_remove_the_bank_is_ignored(start, tmp_path, first, name):
+    path = shutil.copytree(start, tmp_path / "b")
+    manifest = read_manifest(path)
+    write_note(path, base_of(manifest), "a plan", first, [{**manifest["segments"][0], "name": name}])
+    with Change(path) as change:
+        assert change.resume("a plan") == 0
+    assert tree(path) == tree(start)
 
 
 def test_a_deletion_leaves_an_unfinished_append(start, tmp_path, monkeypatch):

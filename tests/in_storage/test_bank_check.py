@@ -66,6 +66,16 @@ def test_everything_that_is_wrong_is_listed(bank):
     assert len(problems) == 3 and all("\n" not in p for p in problems)
 
 
+def test_metadata_that_only_other_readers_need(bank):
+    file = bank / "segment-00000000" / "v" / "zarr.json"
+    text = file.read_text()
+    assert text.count('"fill_value":0') == 1
+    file.write_text(text.replace('"fill_value":0', '"fill_value":1'))
+    assert verify(bank).problems == [f"{file}: damaged, does not describe this array"]
+    file.write_text("{" + text[1:-1] + "{")
+    assert verify(bank).problems == [f"{file}: damaged, does not describe this array"]
+
+
 def test_a_damaged_table_hides_no_other_segment(bank):
     flip(bank / "segment-00000000" / "table.json")
     file = flip(next((bank / "segment-00000001" / "rk" / "c").rglob("0/0/0/0")))

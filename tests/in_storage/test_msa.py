@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memjax.blocks import block
 from memjax.combinators import Residual, Stack, total
 from memjax.in_storage.msa import MSA, DocumentAttention
 from memjax.in_storage.router_loss import router_loss
 from pallas_kernels.compat import QUICK_COMPILE
+from tests.adapters.msa import Threaded
 
 D, H, G, K = 8, 4, 2, 4
 SMALL = MSA(
@@ -304,8 +306,29 @@ def test_one_chunk_for_documents_shorter_than_the_pool():
 
 
 def test_scaling_the_routers_changes_nothing_under_cosine():
-    scaled = PARAMS | {"w_rq": 7 * PARAMS["w_rq"], "w_rk": 0.2 * PARAMS["w_rk"]}
+    """Each head's by its own constant."""
+    q, k = (np.repeat(np.float32(a), K)[None] for a in ((7, 0.5, 1, 3), (0.2, 9)))
+    scaled = PARAMS | {"w_rq": q * PARAMS["w_rq"], "w_rk": k * PARAMS["w_rk"]}
     close(ask(params=scaled, state=stored(params=scaled)[1])[0], ask()[0])
+
+
+def test_law_3_one_packed_row_is_reading_then_asking():
+    """As in training, [template; documents; question; answer] layer by layer, against the verbs one after the other."""
+    below = DocumentAttention(**{f.name: getattr(SMALL, f.name) for f in dataclasses.fields(DocumentAttention)})
+    model = Stack((block(below, D), block(SMALL, D)))
+    params, answer = model.init(jax.random.key(0)), normal(8, 1, 4, D)
+    roles = np.concatenate([[0] * 2, *([i + 1] * n for i, n in enumerate(LENGTHS)), [0] * (ASKED - 2), [-1] * 4])[None]
+    packed = np.zeros((1, roles.shape[1], D), np.float32)
+    packed[roles == 0], packed[roles == -1], packed[roles > 0] = X[0], answer[0], DOCUMENTS[VALID]
+    begins = (roles > 0) & (np.diff(roles, axis=1, prepend=0) != 0)
+    masks = dict(documents=roles > 0, begins=begins, asks=roles == 0, follows=roles == -1)
+    y = jit(lambda model, *args: Threaded(**masks)(model, *args)[0])(model, params, model.init_state(1), packed)
+
+    read, state = write(model, params, model.init_state(len(LENGTHS)), DOCUMENTS, valid=VALID)
+    asked, state, _ = apply(model, params, model.restart(state, 1), X[:1])
+    answered, _, _ = apply(model, params, state, answer)
+    for role, want in ((roles > 0, read[VALID]), (roles == 0, asked[0]), (roles == -1, answered[0])):
+        close(y[role], want, atol=1e-5)
 
 
 def test_only_the_router_loss_trains_the_routers():

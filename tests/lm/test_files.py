@@ -78,7 +78,7 @@ def test_a_model_that_reads_no_bank_has_no_reading_settings(tmp_path):
 def test_truncated_parameters(saved):
     file = saved / "params.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"params.safetensors: truncated or damaged \([\d,]+ bytes, needs"):
+    with pytest.raises(CheckpointError, match=r"params.safetensors: truncated or damaged: .* \([\d,]+ bytes, needs"):
         load_model(saved)
 
 
@@ -121,6 +121,25 @@ def test_another_version_or_format(saved, field, value):
     edit(saved, **{field: value})
     with pytest.raises(CheckpointError, match=f"config.json: field '{field}' is {value!r}, needs"):
         load_model(saved)
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [1], 1.5])
+@pytest.mark.parametrize("field, needs", [("params_bytes", "int"), ("hash", "str"), ("tokenizer_hash", "str")])
+def test_fields_of_another_type(saved, field, needs, value):
+    edit(saved, **{field: value})
+    if not (isinstance(value, str) and needs == "str"):
+        with pytest.raises(CheckpointError, match=f"config.json: field '{field}' is .*, needs a {needs}"):
+            load_model(saved)
+
+
+@pytest.mark.parametrize("change", [{"vocab": "x"}, {"body": None}, {"eps": [1]}, {"vocab": 0}, {"vocab": 10**30}])
+def test_a_configuration_that_is_no_model(saved, as_user, change):
+    """Fields are not checked where they are set: what they break is told all the same."""
+    memory = json.loads((saved / "config.json").read_text())["memory"]
+    edit(saved, memory={**memory, **change})
+    with pytest.raises((ConfigError, CheckpointError), match="config.json: |params.safetensors: ") as error:
+        load_model(saved)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_files_that_are_not_there(saved):

@@ -18,6 +18,7 @@ from memjax.lm import reader, reading
 from memjax.lm.generate import Sampling, generate
 from memjax.lm.model import LanguageModel
 from memjax.lm.reader import Routing
+from memjax.lm.words import WordIndex, fuse
 from pallas_kernels.compat import QUICK_COMPILE
 
 TOKENIZER = ByteTokenizer()
@@ -95,6 +96,29 @@ def test_asking_a_bank_is_asking_the_store(bank, stored, where):
     then = [apply(PARAMS, s, more, valid=jnp.ones((2, 6), bool))[0] for s in (state, MODEL.restart(want, 2), want)]
     np.testing.assert_allclose(then[0], then[2], rtol=1e-3, atol=1e-4)
     assert np.abs(then[1] - then[2]).max() > 1e-3
+
+
+def test_a_deeper_ranking_reads_the_same(bank):
+    asked = jnp.asarray(QUESTION), jnp.asarray(ASKED)
+    state, routing = reader.ask(MODEL, PARAMS, bank, *asked)
+    same, deep = reader.ask(MODEL, PARAMS, bank, *asked, depth=4)
+    assert routing.documents.shape == (3, 2, 2) and deep.documents.shape == (3, 2, 4)
+    np.testing.assert_array_equal(deep.documents[..., :2], routing.documents)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+
+
+def test_words_and_the_model_choose_together(bank):
+    ids = lambda d: IDS[d][: LENGTHS[d]]  # noqa: E731
+    found = WordIndex([TOKENIZER.decode(ids(d)) for d in range(5)])
+    prepare = partial(reader.prepare, MODEL, PARAMS, bank, TOKENIZER, ["words of it", "x"], ids, steps=4)
+    said = [(4, 2.0), (1, 1.0)]
+    found.rank = lambda question, count: said if question == "x" else []  # type: ignore[method-assign]
+    together = prepare(read=5, words=found)
+    model = reader.agree(together.routing, reader.RANKED)
+    assert [len(ranking) for ranking in model] == [5, 5]  # all documents, not only those that a layer reads
+    assert together.passages == [fuse(model[0], []), fuse(model[1], said)]
+    assert [d for d, _ in together.passages[1]] != [d for d, _ in model[1]]
+    assert len(prepare(read=2, words=found).passages[1]) == 2
 
 
 def test_blocks_of_documents_are_padded_to_one_shape(pooled):

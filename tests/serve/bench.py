@@ -26,15 +26,14 @@ TEXTS = {
 }
 
 
-def make_bank(folder: Path, texts: dict[str, str] = TEXTS, layers: int = 1, window: int = 384) -> Path:
+def make_bank(folder: Path, texts: dict[str, str] = TEXTS, layers: int = 1) -> Path:
     """Write texts into folder/texts and read them into folder/texts.bank, by a model of so many router layers."""
     for name, text in texts.items():
         file = folder / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     if not (folder / "model").exists():
-        layer = block(MSA(**{**tiny.FIELDS, "window": window}), 8)
-        model = LanguageModel(Stack((layer,) * layers), tiny.TOKENIZER.vocab_size)
+        model = LanguageModel(Stack((block(MSA(**tiny.FIELDS), 8),) * layers), tiny.TOKENIZER.vocab_size)
         save_model(folder / "model", model, tiny.params(model), tiny.TOKENIZER, reading=tiny.READING)
     build(folder)
     return folder / "texts.bank"

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from memjax import Repeat, Residual, from_config, to_config
 from memjax.errors import CheckpointError
@@ -122,7 +123,7 @@ def test_the_newest_finished_step_counts_and_old_ones_are_deleted(tmp_path):
     assert checkpoint.finished_steps(tmp_path) == [5, 10, 15]
     assert _restore(tmp_path).step == 15 and _restore(tmp_path, step=5).step == 5
     checkpoint.delete_old(tmp_path, 2)
-    assert checkpoint.finished_steps(tmp_path) == [10, 15]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
     _save(tmp_path, 20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000015", "step_00000020"]
 
@@ -187,6 +188,23 @@ def test_what_is_no_json_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_or_breaks(saved, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+        with pytest.raises(CheckpointError, match=r"written: needs [\d,]+ bytes, the disk has 10 left"):
+            _save(tmp_path, 4)
+    full = OSError(28, "No space left on device")
+    for verb, call in (("written", lambda: _save(tmp_path, 4)), ("read", lambda: _restore(saved))):
+        with monkeypatch.context() as patch:
+            for name in ("save_checkpointables", "load_checkpointables"):
+                patch.setattr(ocp, name, lambda *_: (_ for _ in ()).throw(full))
+            with pytest.raises(CheckpointError, match=rf"step_0000000\d: can't be {verb}: No space left on device"):
+                call()
+    assert checkpoint.finished_steps(tmp_path) == []
+    _save(tmp_path, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000004"]
+
+
 # ---------------------------------------------------------------------------------------------- damage
 
 
@@ -213,6 +231,35 @@ def test_any_file_missing_cut_or_flipped_is_named(copied, capfd):
             file.write_bytes(whole)
     assert _restore(copied.parent).step == 3
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '"x"', "[" * 100_000, '{"crc32": ' + "1" * 5000 + "}", "{}", "\ud800"])
+def test_a_manifest_that_is_none(copied, text):
+    (copied / "checkpoint.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CheckpointError, match="checkpoint.json: the file is truncated or damaged"):
+        _restore(copied.parent)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "3"), ("step", -1), ("config", None), ("key", 7), ("key", {"impl": "fry", "data": [0, 5]}),
+        ("key", {"impl": None, "data": [10**30]}), ("data", {"at": 3}), ("files", ["a"]), ("files", {"../x": [1, 1]}),
+        ("files", {"a": [1]}), ("files", {"/etc/passwd": [1, 1]}), ("files", ...),
+    ],
+)  # fmt: skip
+def test_a_forged_manifest_is_refused_by_field(copied, field, value):
+    """With a right checksum: what an author could write who knows the format."""
+    manifest = json.loads((copied / "checkpoint.json").read_text())
+    del manifest["crc32"]
+    manifest[field] = value
+    if value is ...:
+        del manifest[field]
+    manifest["crc32"] = checkpoint._crc32_of(manifest)
+    (copied / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"checkpoint.json: field '{field}' is ") as error:
+        _restore(copied.parent, data_iterator=Position(0))
+    assert "\n" not in str(error.value)
 
 
 def test_another_format_is_refused(copied):

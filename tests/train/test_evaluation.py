@@ -1,5 +1,7 @@
 """Scores of small trainings: rows read in pieces, and models that read with a longer window."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 
@@ -35,5 +37,7 @@ def test_a_reader_may_have_a_longer_window():
     short = measure(model, setting, rows=64)
     long = measure(model, setting, reader=reader, rows=64)
     assert list(long.scores) == ["T=8", "T=60"] and long.scores["T=8"] == short.scores["T=8"]
+    against = measure(model, setting, reader=replace(model, logit_scale=-1.0), rows=64)
+    assert against.scores["T=8"] != short.scores["T=8"] and against.losses == short.losses
     assert long.steps == 60 and len(long.losses) == 3 and long.losses == short.losses
     assert long.parameters == model.param_bytes() // 4 and long.state_bytes == model.state_bytes(1)

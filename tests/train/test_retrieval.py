@@ -53,6 +53,23 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert m["lost_chunks"] == 0 and m["aux"] > 0
 
 
+def test_passages_only_route():
+    """Another pool adds its router loss and its lost chunks; the rest of the loss is what it was."""
+    alone, m = run(MODEL, PARAMS, batch(), aux_weight=0.5)
+    pool = {name: a for name, a in batch(4).items() if name not in ("reading", "reading_valid", "answer")}
+    pool["gold"] = np.array([1, 0, 3], np.int32)
+    value, both = run(MODEL, PARAMS, batch() | {"passages": pool}, aux_weight=0.5)
+    assert set(both) == METRICS | {"passages_aux", "passages_recall_at_k"}
+    assert value == pytest.approx(alone + 0.5 * both["passages_aux"], rel=1e-5)
+    assert {name: both[name] for name in METRICS} == pytest.approx(m, rel=1e-5)
+    _, own = run(MODEL, PARAMS, batch() | pool)
+    assert own["aux"] == pytest.approx(both["passages_aux"], rel=1e-5) and own["aux"] != pytest.approx(m["aux"])
+    narrow = LanguageModel(Residual(MSA(**{**vars(ROUTER), "capacity": 6})), V)
+    params = narrow.init(jax.random.key(0))
+    lost = [run(narrow, params, b)[1]["lost_chunks"] for b in (batch(), batch() | {"passages": pool})]
+    assert 0 < lost[0] < lost[1]
+
+
 def test_right_padding_is_no_target():
     b = batch()
     b["reading_valid"], b["answer"] = np.arange(6)[None] < np.array([[4]] * 3), np.zeros((3, 6), bool)

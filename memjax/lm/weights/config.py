@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from memjax.catalog import CATALOG
-from memjax.errors import CheckpointError, ConfigError
+from memjax.errors import CheckpointError, ConfigError, shorten
 from memjax.memory import Memory
 
 REQUIRED = object()
+MOST = 2**31 - 1  # of any size: what is larger is no size, and its bytes could not be counted
 
 
 class Config:
@@ -24,7 +25,7 @@ class Config:
         except OSError as error:
             raise CheckpointError(f"{file}: {error.strerror}, needs the folder of a model") from None
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file}: not JSON, or truncated: {error}") from None
+            raise CheckpointError(f"{file}: not JSON, or truncated: {shorten(error)}") from None
         if not isinstance(self.values, dict):
             raise CheckpointError(f"{file}: is a {type(self.values).__name__}, needs an object")
 
@@ -34,17 +35,17 @@ class Config:
             raise ConfigError(f"{self.file}: has no field {name!r}")
         return self.values.get(name, default)
 
-    def whole(self, name: str, default: Any = REQUIRED) -> int:
+    def whole(self, name: str, default: Any = REQUIRED, most: int = MOST) -> int:
         """A whole number of at least 1."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(name, "a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise self.error(name, f"a whole number from 1 to {most}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         """A number above 0."""
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.error(name, "a number above 0")
         return float(value)
 
@@ -56,7 +57,7 @@ class Config:
 
     def error(self, name: str, needs: str) -> ConfigError:
         """That a field is not what is read."""
-        return ConfigError(f"{self.file}: field {name!r} is {self.values.get(name)!r}, needs {needs}")
+        return ConfigError(f"{self.file}: field {name!r} is {shorten(repr(self.values.get(name)))}, needs {needs}")
 
     def build(self, memory: str, **fields: Any) -> Memory:
         """A memory of the catalog; JSON writes 1.0 as 1, so a whole number becomes a float where one is declared."""
@@ -66,4 +67,4 @@ class Config:
         try:
             return cls(**fields)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self.file}: {error}") from error
+            raise ConfigError(f"{self.file}: {shorten(error)}") from error

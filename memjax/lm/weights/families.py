@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 from memjax.blocks import block
 from memjax.combinators import Residual, Stack
+from memjax.errors import ConfigError, MemjaxError, shorten
 from memjax.in_state.rwkv7 import RWKV7ChannelMixing
 from memjax.lm.model import LanguageModel
 from memjax.lm.rwkv import LayerNorm, Normed, RWKVLanguageModel
 from memjax.lm.weights.config import Config
 from memjax.lm.weights.names import Published, Run, around, stacked, under
-from memjax.memory import Memory
+from memjax.memory import Memory, named
 from memjax.tensors import same
 
 
@@ -35,7 +36,21 @@ def published(file: Path, dtype: str = "float32") -> Published:
       ConfigError: naming the file and the field: a kind of model, or a value, that is not read.
     """
     config = Config(file)
+    try:
+        known = _published(config, dtype)
+        named(known.model.param_specs())
+        return known
+    except MemjaxError:
+        raise
+    except Exception as error:  # fields of the wrong type fail wherever they are used first
+        said = f"{type(error).__name__}: {shorten(error)}"
+        raise ConfigError(f"{file}: its fields describe nothing that can be built: {said}") from error
+
+
+def _published(config: Config, dtype: str) -> Published:
     kind = config.get("model_type", "")
+    if not isinstance(kind, str):
+        raise config.error("model_type", "a text")
     if not kind and "ssm_cfg" in config.values:
         return _state_spaces(config, dtype)
     if kind == "mamba2":
@@ -48,6 +63,9 @@ def published(file: Path, dtype: str = "float32") -> Published:
 
 
 # ---------------------------------------------------------------------------------------------- flash-linear-attention
+
+
+LAYERS = 10_000  # at most: they are gone through one by one before the first tensor is looked for
 
 
 class Fields(NamedTuple):
@@ -104,7 +122,7 @@ def _fla(config: Config, dtype: str, known: Fields) -> Published:
     mixer = config.build(known.memory, dim=dim, norm_eps=eps, **fields)
     layer = block(mixer, _hidden(config, dim, (2, 3), 256), eps)
     names = ("attn_norm.weight", "attn."), ("mlp_norm.weight", "mlp.")
-    runs = [Run(layer, names, config.whole("num_hidden_layers"))]
+    runs = [Run(layer, names, config.whole("num_hidden_layers", most=LAYERS))]
     body, layers = stacked(runs, "model.layers.")
     model = LanguageModel(body, config.whole("vocab_size"), dtype, _tied(config), eps=eps)
     return around(model, layers, "model.embeddings.weight", {"norm": same("model.norm.weight")})
@@ -112,7 +130,7 @@ def _fla(config: Config, dtype: str, known: Fields) -> Published:
 
 def _rwkv7(config: Config, dtype: str) -> Published:
     config.only(hidden_act=("sqrelu",), attn=(None,), norm_bias=(True, False), norm_first=(True, False))
-    dim, n, eps = config.whole("hidden_size"), config.whole("num_hidden_layers"), config.number("norm_eps")
+    dim, n, eps = config.whole("hidden_size"), config.whole("num_hidden_layers", most=LAYERS), config.number("norm_eps")
     values = config.get("value_dim", None) or dim
     if isinstance(values, list):
         if set(values) != {values[0]}:
@@ -164,12 +182,14 @@ def _mamba2(config: Config, dtype: str) -> Published:
     )
     heads = mixer.dim * config.values["expand"] // config.values["head_dim"]
     config.only(num_heads=(heads,))
-    n, vocab = config.whole("num_hidden_layers"), config.whole("vocab_size")
+    n, vocab = config.whole("num_hidden_layers", most=LAYERS), config.whole("vocab_size")
     return _of_mixers(mixer, n, vocab, dtype, _tied(config), eps)
 
 
 def _state_spaces(config: Config, dtype: str) -> Published:
     ssm = config.get("ssm_cfg")
+    if not isinstance(ssm, dict):
+        raise config.error("ssm_cfg", "an object")
     read = {"layer", "d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size"}
     if ssm.get("layer") != "Mamba2" or not ssm.keys() <= read:
         raise config.error("ssm_cfg", f"the layer 'Mamba2' and no fields but {', '.join(sorted(read))}")
@@ -179,7 +199,8 @@ def _state_spaces(config: Config, dtype: str) -> Published:
     eps, multiple = 1e-5, config.whole("pad_vocab_size_multiple", 8)  # no field says otherwise
     mixer = config.build("mamba2", dim=config.whole("d_model"), norm_eps=eps, **fields)
     vocab = -(-config.whole("vocab_size") // multiple) * multiple
-    return _of_mixers(mixer, config.whole("n_layer"), vocab, dtype, config.get("tie_embeddings", True), eps)
+    n, tied = config.whole("n_layer", most=LAYERS), config.get("tie_embeddings", True)
+    return _of_mixers(mixer, n, vocab, dtype, tied, eps)
 
 
 def _of_mixers(mixer: Memory, n: int, vocab: int, dtype: str, tied: bool, eps: float) -> Published:

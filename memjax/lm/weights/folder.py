@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax import tensors
-from memjax.errors import CheckpointError, ConfigError
+from memjax.errors import CheckpointError, ConfigError, shorten
 from memjax.lm.files import whole_folder
 from memjax.lm.model import LanguageModel
 from memjax.lm.weights.config import Config
@@ -155,7 +155,7 @@ def _places(known: Published, shards: Shards) -> dict[str, Place]:
             raise CheckpointError(f"{ours.path}: tensor {HEAD!r} differs from {embed!r}, to which {CONFIG} ties it")
     if extra:
         name = min(extra)
-        raise CheckpointError(f"{shards.where[name].path}: tensor {name!r} is none of this model")
+        raise CheckpointError(f"{shards.where[name].path}: tensor {shorten(repr(name))} is none of this model")
     return places
 
 

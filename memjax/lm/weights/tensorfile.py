@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.errors import CheckpointError
+from memjax.errors import CheckpointError, shorten
+from memjax.in_storage.bank_disk import is_inside
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -64,16 +65,17 @@ class TensorFile(Mapping[str, np.ndarray]):
             with self.path.open("rb") as stream:
                 length = stream.read(8)
                 self._head = length + stream.read(int.from_bytes(length, "little"))
+            header = json.loads(self._head[8:])
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            found = {name: Spec(t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items()}
+            empty = self.path.stat().st_size == len(self._head)
+            self._bytes = np.empty(0, np.uint8) if empty else np.memmap(self.path, np.uint8, "r", len(self._head))
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror or 'missing'}") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: truncated or damaged: {error}") from None
-        header = json.loads(self._head[8:])
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        found = {name: Spec(t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for name, t in header.items()}
+        # The two parsers of a header don't agree on everything: numbers of 5000 digits in fields that nobody reads.
+        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: truncated or damaged: {shorten(error)}") from None
         self.specs = dict(sorted(found.items(), key=lambda item: item[1].begin))
-        empty = self.path.stat().st_size == len(self._head)
-        self._bytes = np.empty(0, np.uint8) if empty else np.memmap(self.path, np.uint8, "r", len(self._head))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -85,7 +87,10 @@ class TensorFile(Mapping[str, np.ndarray]):
         spec = self.specs[name]
         if spec.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: tensor {name!r} is {spec.dtype}, needs one of {', '.join(DTYPES)}")
-        return self._bytes[spec.begin : spec.end].view(DTYPES[spec.dtype]).reshape(spec.shape)
+        try:
+            return self._bytes[spec.begin : spec.end].view(DTYPES[spec.dtype]).reshape(spec.shape)
+        except ValueError:  # without elements, and more of them along an axis than an array can have
+            raise CheckpointError(f"{self.path}: tensor {name!r} is {list(spec.shape)}") from None
 
     def write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         """A file with this one's header, and other values: `arrays` by name, in these shapes, cast to these dtypes."""
@@ -102,21 +107,29 @@ def save_tensors(
 
     Raises CheckpointError where the file exists and is not what it is going to be.
     """
-    import safetensors.numpy
-
     path = Path(path)
     if path.exists() and not has_format(path, metadata["format"]):
         raise CheckpointError(f"{path}: exists and is no {what}; it is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(8)}")
     try:
-        # order C: the file takes the bytes as they lie, whatever the strides say
-        safetensors.numpy.save_file({n: np.asarray(a, order="C") for n, a in arrays.items()}, partial, metadata)
+        write_tensors(partial, arrays, metadata)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a file as the safetensors package does. CheckpointError where the disk refuses."""
+    import safetensors.numpy
+
+    try:
+        # order C: the file takes the bytes as they lie, whatever the strides say
+        safetensors.numpy.save_file({n: np.asarray(a, order="C") for n, a in arrays.items()}, path, metadata)
+    except (OSError, safetensors.SafetensorError) as error:  # the package has a full disk as an error of its own
+        raise CheckpointError(f"{path}: can't be written: {error}") from None
 
 
 def has_format(path: str | os.PathLike[str], name: str) -> bool:
@@ -163,11 +176,20 @@ class Shards:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise CheckpointError(f"{index}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{index}: has no field 'weight_map'") from None
-    if not isinstance(found, dict) or not all(isinstance(f, str) and Path(f).name == f for f in found.values()):
+    if not isinstance(found, dict) or not all(map(_is_name, found.values())):
         raise CheckpointError(f"{index}: field 'weight_map' needs the name of a file for each tensor")
     return found
+
+
+def _is_name(name: object) -> bool:
+    """Whether this is the name of a file in a folder, and no path to another."""
+    if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
+        return False
+    return is_inside(name) and Path(name).name == name
 
 
 def _others(folder: Path) -> str:
