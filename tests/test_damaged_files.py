@@ -7,6 +7,7 @@ right again ("sealed"): then what is read may differ, but it must be a value or 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import resource
@@ -310,6 +311,8 @@ def made(tmp_path_factory):
 NAMES = [f"{subject.file} {subject.read.__name__}" for _, subject in SUBJECTS]
 
 
+# orbax leaves coroutines behind where it raises an error
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("share", [40, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make, subject", SUBJECTS, ids=NAMES)
 def test_a_damaged_file_is_read_or_refused(made, as_user, monkeypatch, make, subject, share):
@@ -317,5 +320,6 @@ def test_a_damaged_file_is_read_or_refused(made, as_user, monkeypatch, make, sub
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = attack(made(make), subject, max(6, subject.examples // share))
     assert counts["refused"]
+    gc.collect()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
     assert grown < 1 << 29, f"{grown:,} bytes that Python does not know of"
