@@ -311,8 +311,6 @@ def made(tmp_path_factory):
 NAMES = [f"{subject.file} {subject.read.__name__}" for _, subject in SUBJECTS]
 
 
-# orbax leaves coroutines behind where it raises an error
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("share", [40, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make, subject", SUBJECTS, ids=NAMES)
 def test_a_damaged_file_is_read_or_refused(made, as_user, monkeypatch, make, subject, share):
