@@ -4,7 +4,10 @@ Silent promotion, silent broadcasting and wrong shapes are errors here, so that 
 warnings are errors, and which tests run by default, stands in pyproject.toml.)
 """
 
+import gc
+import itertools
 import os
+from pathlib import Path
 
 # Tests don't depend on the accelerator that happens to be there. JAX reads this when it is imported, hence before it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -55,6 +58,22 @@ def standard_promotion():
     """JAX's own dtype promotion: for tests that take an optax step, whose bias correction raises a float to an int."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+# ---------------------------------------------------------------------------------------------- room for programs
+
+# Linux grants a process 65,530 areas of memory, and each compiled program keeps some: a worker with more ends in an
+# abort inside XLA. Programs that are thrown away and needed again are compiled again.
+AREAS, EVERY = 40_000, 20
+_tests = itertools.count(1)
+
+
+def pytest_runtest_logfinish():
+    """Throw all compiled programs away where a process holds many; looked at every few tests."""
+    areas = Path("/proc/self/maps")
+    if next(_tests) % EVERY == 0 and areas.exists() and areas.read_bytes().count(b"\n") > AREAS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # ---------------------------------------------------------------------------------------------- what the laws said
