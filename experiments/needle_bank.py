@@ -180,7 +180,7 @@ def training_batch(config: Config, corpus: Corpus):
         any_other = rng.integers(0, config.pool_documents, config.batch)
         twin = gold[np.arange(config.batch) ^ 1]
         other = np.where(kind < 0.5, twin, np.where(kind < 0.85, gold, any_other))
-        questions = [encode(one.question) for one in asked]
+        questions = [reading.encode_question(corpus.tokenizer, one.question) for one in asked]
         answers = [np.append(encode(one.answer), special["<end>"]) for one in asked]
         texts = []
         for i, q in enumerate(questions):
@@ -225,23 +225,23 @@ def build(config: Config, corpus: Corpus, model, params, model_hash: str, plante
     """Write the bank of the first documents to `path`, needles planted; its size and the tokens read per second."""
     from memjax import to_config
     from memjax.in_storage.bank_files import BankWriter
-    from memjax.lm import reader
+    from memjax.lm import pooling
     from memjax.train import Progress
 
     count = parse_tokens(config.tokens) // config.document_tokens
-    router = reader.router_layers(model)
+    router = pooling.router_layers(model)
     kept = {
         "layers": len(router), "kv_heads": router[0].kv_heads, "head_dim": router[0].head_dim, "vocab": config.vocab,
         "model_hash": model_hash, "model_config": to_config(model), "tokenizer_hash": corpus.tokenizer.hash,
     }  # fmt: skip
     documents = corpus.first(count, planted)
-    next(reader.pool_blocks(model, params, corpus.first(1), BLOCK))  # compile
+    next(pooling.pool_blocks(model, params, corpus.first(1), BLOCK))  # compile
     began = time.perf_counter()
     with (
         BankWriter(path, overwrite=True, **kept) as writer,
         Progress(count * config.document_tokens, "bank", unit="token") as bar,
     ):
-        for block in reader.pool_blocks(model, params, documents, BLOCK):
+        for block in pooling.pool_blocks(model, params, documents, BLOCK):
             writer.append(block)
             bar.update(len(block.doc_len) * config.document_tokens)
     seconds = time.perf_counter() - began
@@ -277,7 +277,7 @@ def ask(config: Config, corpus: Corpus, model, params, planted, path: Path) -> l
     import jax.numpy as jnp
 
     from memjax.in_storage.bank_files import open_bank
-    from memjax.lm import reader
+    from memjax.lm import pooling, reader
     from memjax.tasks import needle
 
     whole, rows = open_bank(path, location="device").bank, []
@@ -291,7 +291,7 @@ def ask(config: Config, corpus: Corpus, model, params, planted, path: Path) -> l
         found, right, seconds = [], [], []
         for documents, asked, gold in planted:
             texts = corpus.first(n, documents)
-            blocks = list(reader.pool_blocks(model, params, corpus.first(len(documents), documents), BLOCK))
+            blocks = list(pooling.pool_blocks(model, params, corpus.first(len(documents), documents), BLOCK))
             new = {name: np.concatenate([getattr(b, name) for b in blocks], 1) for name in ("rk", "k", "v")}
             bank = bank._replace(
                 **{name: getattr(bank, name).at[:, : a.shape[1]].set(jnp.asarray(a)) for name, a in new.items()}

@@ -27,7 +27,8 @@ class Build(Command):
     folder: Positional[Path]
     """The folder, or one file. What is no text, or in no certain encoding, is skipped and listed."""
     model: Path | None = None
-    """Folder of a model that was trained to read a bank; for a bank that is there by default the copy inside it."""
+    """Folder of a model that was trained to read a bank. By default the copy inside a bank that is there, and for a new
+    one the small model that comes with memjax."""
     bank: Path | None = None
     """The bank to write; default: the folder's name with .bank, in the current directory."""
     overwrite: bool = False
@@ -91,11 +92,12 @@ def _model(bank: Path, folder: Path | None, command: str) -> Any:
     from memjax.in_storage.bank_manifest import NAME, read_manifest
     from memjax.lm.bank_model import model_of
     from memjax.lm.files import load_model
+    from memjax.lm.packaged import PACKAGED
 
     if folder is not None:
         return load_model(folder)
     if command == "build" and not (bank / NAME).exists():
-        raise ConfigError("--model: needs the folder of a model that was trained to read a bank")
+        return load_model(PACKAGED)
     return model_of(bank, read_manifest(bank), None)
 
 

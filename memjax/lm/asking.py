@@ -17,6 +17,7 @@ from memjax.lm.bank_model import model_of
 from memjax.lm.files import LoadedModel
 from memjax.lm.generate import stream, stream_text
 from memjax.lm.reader import Routing, prepare
+from memjax.lm.reading import encode_question
 from memjax.lm.words import WordIndex
 
 Location = Literal["disk", "host", "device"]
@@ -85,7 +86,7 @@ def ask(
     block = min(BLOCK, steps)
     question_width = reading_width = None
     if same_shapes:
-        question_width = max(QUESTION, 1 << len(tokenizer.encode(question)).bit_length())  # and its mark
+        question_width = max(QUESTION, 1 << len(encode_question(tokenizer, question)).bit_length())  # and its mark
         longest = max(loaded.reading.document_tokens, int(opened.documents.tokens.max()))
         reading_width = question_width + read * (1 + longest)
         block = max(n for n in range(1, block + 1) if steps % n == 0)  # no shorter block at the end

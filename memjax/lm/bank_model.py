@@ -41,7 +41,7 @@ def copy_model(bank: Path, loaded: LoadedModel) -> None:
     place = bank / (NEXT if (bank / COPY).exists() else COPY)
     if place.exists():  # of a change that came to nothing
         shutil.rmtree(place)
-    save_model(place, loaded.model, loaded.params, loaded.tokenizer, reading=loaded.reading)
+    save_model(place, loaded.model, loaded.params, loaded.tokenizer, reading=loaded.reading, dtype=loaded.dtype)
 
 
 def settle_model(bank: Path, hash_: str) -> None:

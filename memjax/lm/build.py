@@ -22,7 +22,7 @@ from memjax.in_storage.bank_files import Change, OpenBank, Source, open_bank
 from memjax.in_storage.bank_manifest import NAME
 from memjax.in_storage.bank_writer import new_manifest
 from memjax.in_storage.msa import MSA
-from memjax.lm import reader
+from memjax.lm import pooling
 from memjax.lm.bank_model import copied_model, copy_model, settle_model
 from memjax.lm.files import LoadedModel, ReadingSettings, is_model
 from memjax.lm.sources import FileChanges, chosen, compare, cut_files, sources_of
@@ -127,7 +127,7 @@ def _write(
 
 def _manifest(loaded: LoadedModel, reading: ReadingSettings, layer: MSA) -> dict:
     return new_manifest(
-        layers=len(reader.router_layers(loaded.model)),
+        layers=len(pooling.router_layers(loaded.model)),
         kv_heads=layer.kv_heads,
         head_dim=layer.head_dim,
         vocab=loaded.tokenizer.vocab_size,
@@ -170,7 +170,7 @@ def _read(
     first: tuple[float, int] | None = None  # when the first block, which waits for a compiler, was done
     left = chosen(documents, list(range(done, n)))
     with Progress(n, "reading", unit="document", done=done, enabled=progress) as bar:
-        for block in reader.pool_blocks(loaded.model, loaded.params, left, rows):
+        for block in pooling.pool_blocks(loaded.model, loaded.params, left, rows):
             change.append(block, sources)
             tokens += sum(map(len, block.ids))
             size += sum(a.nbytes for a in block[:3])
@@ -197,7 +197,7 @@ def reading_shape(loaded: LoadedModel) -> tuple[ReadingSettings, MSA, int]:
     if loaded.reading is None:
         raise ConfigError("model: has no reading settings, so it was not trained to read a bank")
     try:
-        layers = reader.router_layers(loaded.model)
+        layers = pooling.router_layers(loaded.model)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     shapes = {(m.kv_heads, m.head_dim, m.pool, m.capacity, m.documents) for m in layers}

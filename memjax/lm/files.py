@@ -1,7 +1,7 @@
 """A model on disk: one folder with everything that is needed to run it, written whole or not at all.
 
     model/config.json         format and version, the memory as `to_config` gives it, reading settings, hashes
-    model/params.safetensors  float32 arrays, named by their dotted path: "body.0.memory.w_q"
+    model/params.safetensors  arrays in float32 or bfloat16, named by their dotted path: "body.0.memory.w_q"
     model/tokenizer.json      as `Tokenizer.save` writes it
 
 The model's hash is sha256 over its configuration and the bytes of its parameters. A bank stores it: vectors of another
@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,18 @@ class ReadingSettings:
                 raise ConfigError(f"reading settings: {name} is {value!r}, needs a whole number of at least 1")
 
 
+ParamsDtype = Literal["float32", "bfloat16"]
+
+
 class LoadedModel(NamedTuple):
-    """What `load_model` gives. reading is None for a model that reads no bank."""
+    """What `load_model` gives. params: float32; reading: None for a model that reads no bank; dtype: of the file."""
 
     model: Memory
     params: dict
     tokenizer: Tokenizer
     reading: ReadingSettings | None
     hash: str
+    dtype: ParamsDtype
 
 
 def save_model(
@@ -77,6 +81,7 @@ def save_model(
     tokenizer: Tokenizer,
     *,
     reading: ReadingSettings | None = None,
+    dtype: ParamsDtype = "float32",
     overwrite: bool = False,
 ) -> str:
     """Write a model folder and return the model's hash.
@@ -87,6 +92,7 @@ def save_model(
       params: float32, as `model.init` makes them.
       tokenizer: its vocabulary fits into the model's.
       reading: for a model that asks a bank.
+      dtype: what params are rounded to on disk; "bfloat16" takes half the space.
 
     Raises:
       ConfigError: the model takes no token ids.
@@ -98,10 +104,10 @@ def save_model(
     path = Path(path)
     _check_model("model", model, tokenizer)
     arrays = {name: np.asarray(a) for name, a in named(params).items()}
-    _check_arrays("params", model, arrays)
+    _check_arrays("params", model, arrays, "float32")
     _check_target(path, overwrite)
     with whole_folder(path) as partial:
-        write_tensors(partial / PARAMS, arrays)
+        write_tensors(partial / PARAMS, {name: a.astype(jnp.dtype(dtype)) for name, a in arrays.items()})
         tokenizer.save(partial / TOKENIZER)
         config = {
             "format": FORMAT,
@@ -141,7 +147,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     except CheckpointError as error:
         size = f" ({file.stat().st_size:,} bytes, needs {config['params_bytes']:,})" if file.is_file() else ""
         raise CheckpointError(f"{error}{size}") from None
-    _check_arrays(str(file), model, arrays)
+    _check_arrays(str(file), model, arrays, *get_args(ParamsDtype))
     if (found := _hash(model, file)) != (stated := config["hash"]):
         said = f"field 'hash' of {CONFIG} is {shorten(repr(stated))}, config and file give {found!r}"
         raise CheckpointError(f"{file}: {said}")
@@ -153,8 +159,9 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     _check_model(str(path), model, tokenizer)
     specs = model.param_specs()
     # copied: the arrays lie in the file, which may be replaced
-    params = jax.tree.map(jnp.array, nested(specs, dict(arrays)))
-    return LoadedModel(model, params, tokenizer, reading, config["hash"])
+    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32), nested(specs, dict(arrays)))
+    stored: Any = next((a.dtype.name for a in arrays.values()), "float32")
+    return LoadedModel(model, params, tokenizer, reading, config["hash"], stored)
 
 
 def is_model(path: str | os.PathLike[str]) -> bool:
@@ -220,15 +227,17 @@ def _check_model(name: str, model: Memory, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.reads_ids}")
 
 
-def _check_arrays(name: str, model: Memory, arrays: Mapping[str, np.ndarray]) -> None:
+def _check_arrays(name: str, model: Memory, arrays: Mapping[str, np.ndarray], *dtypes: str) -> None:
+    """All of the model's arrays, in one of these dtypes, and no other."""
+    dtypes = next(((a.dtype.name,) for a in arrays.values() if a.dtype.name in dtypes), dtypes)
     specs = named(model.param_specs())
     for leaf, spec in specs.items():
         if leaf not in arrays:
-            raise CheckpointError(f"{name}: has no array {leaf!r}, needs float32{list(spec.shape)}")
+            raise CheckpointError(f"{name}: has no array {leaf!r}, needs {dtypes[0]}{list(spec.shape)}")
         found = arrays[leaf]
-        if found.shape != spec.shape or found.dtype != np.float32:
+        if found.shape != spec.shape or found.dtype.name not in dtypes:
             raise CheckpointError(
-                f"{name}: array {leaf!r} is {found.dtype.name}{list(found.shape)}, needs float32{list(spec.shape)}"
+                f"{name}: array {leaf!r} is {found.dtype.name}{list(found.shape)}, needs {dtypes[0]}{list(spec.shape)}"
             )
     if extra := arrays.keys() - specs.keys():
         raise CheckpointError(f"{name}: array {shorten(repr(min(extra)))} is none of this model")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from memjax.data.tokenizer import DecodeStream, Tokenizer
 from memjax.errors import ConfigError
 from memjax.in_storage import bank as banks
-from memjax.lm import reader
+from memjax.lm import pooling, reader
 from memjax.lm.generate import Prefix, read, stream
 from memjax.lm.interleave_text import (
     LIMITS,
@@ -85,7 +85,7 @@ def answer_in_rounds(
         template of the model's layers.
       ValueError: marks that are empty or equal, limits below 1, a bank of another number of router layers.
     """
-    layers = reader.router_layers(model)
+    layers = pooling.router_layers(model)
     head = len(_ids(tokenizer, (Piece(t, TEMPLATE, t in marks[:4]) for t in marks.head)))
     if any(m.template != head for m in layers):
         found = sorted({m.template for m in layers})

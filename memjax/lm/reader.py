@@ -1,6 +1,5 @@
-"""A model and its bank: read documents into it once, then route, read and answer questions over it.
+"""A model asks its bank: questions route, read and are answered.
 
-`pool_documents` runs a model's `write` over rows of documents and returns what its router layers pooled, for a bank.
 `ask` threads the model layer by layer outside jit, so that the bank may live on a device, on the host or on disk: each
 router layer searches the whole bank and reads the chunks of its choice. `answer` goes on: the texts of the documents
 that the layers agree on are read in the same rows, and the answer is decoded behind them (retrieve-then-read).
@@ -10,10 +9,9 @@ documents it wants to read, and wants more after reading them, see `memjax.lm.in
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,92 +20,18 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from memjax.combinators import Combinator, Repeat
-from memjax.data.corpus import TokenizedDocuments
 from memjax.data.tokenizer import Tokenizer
 from memjax.errors import ConfigError
 from memjax.in_storage import bank as banks
-from memjax.in_storage.bank_files import Block
 from memjax.in_storage.msa import MSA, DocumentAttention, MSAState
 from memjax.layers import positions
 from memjax.lm import reading
 from memjax.lm.generate import Prefix, Sampling, generate
+from memjax.lm.pooling import Thread, router_layers
 from memjax.lm.words import WordIndex, fuse
 from memjax.memory import Memory
 
 RANKED = 100  # documents of each ranking that are fused
-
-
-class Pooled(NamedTuple):
-    """What the router layers keep of some documents: layers in their order, chunks in the order of the documents."""
-
-    k: Float[Array, "n M g d"]
-    v: Float[Array, "n M g d"]
-    rk: Float[Array, "n M g d"]
-    doc_len: Int[Array, " N"]  # chunks of each document
-    count: Int[Array, "n 3"]  # per layer: chunks, documents, chunks that found no room
-
-
-@functools.partial(jax.jit, static_argnames=("model", "dtype"))
-def pool_documents(
-    model: Memory, params: dict, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], dtype: Any = jnp.bfloat16
-) -> Pooled:
-    """Read documents, one a row, into the model's own store, and return it; arrays have the store's capacity.
-
-    Rows without a valid token are no documents. The caller checks `count`: its last column must be 0.
-    """
-    router_layers(model)  # raises where there is none
-    ids = jnp.where(valid, ids, 0)
-    call = _Write({"ids": ids, "valid": valid})
-    call(model, params, model.init_state(ids.shape[0]), ids)
-    stack = lambda name: jnp.stack([getattr(s, name) for s in call.stores])  # noqa: E731
-    k, v, rk = (stack(name).astype(dtype) for name in ("k", "v", "rk"))
-    return Pooled(k, v, rk, call.stores[0].doc_len, stack("count"))
-
-
-def pool_blocks(model: Memory, params: dict, documents: TokenizedDocuments, rows: int = 256) -> Iterator[Block]:
-    """Read documents `rows` at a time, in one compiled shape, and yield what a bank keeps (`BankWriter.append`).
-
-    Raises ValueError where the model's store (`capacity`, `documents`) is too small for a block.
-    """
-    n, width = documents.ids.shape
-    for at in range(0, n, rows):
-        lengths = np.zeros(rows, np.int32)
-        ids = np.zeros((rows, width), np.int32)
-        here = min(rows, n - at)
-        lengths[:here], ids[:here] = documents.lengths[at : at + here], documents.ids[at : at + here]
-        valid = np.arange(width, dtype=np.int32)[None] < lengths[:, None]
-        pooled = jax.device_get(pool_documents(model, params, ids, valid))
-        if lost := int(pooled.count[:, 2].max()):
-            raise ValueError(
-                f"pool_blocks: {lost} chunks of {rows} documents find no room in the store of {router_layers(model)[0]}"
-            )
-        chunks, where = int(pooled.count[0, 0]), slice(at, at + here)
-        yield Block(
-            *(a[:, :chunks] for a in (pooled.rk, pooled.k, pooled.v)),
-            doc_len=pooled.doc_len[:here],
-            ids=[row[:length] for row, length in zip(ids[:here], lengths, strict=False)],
-            path=[documents.paths[i] for i in documents.path_index[where]],
-            first_line=documents.first_line[where],
-            last_line=documents.last_line[where],
-        )
-
-
-def router_layers(model: Memory) -> list[MSA]:
-    """The MSA layers of a model, in the order in which x runs through them. ValueError if there is none."""
-    found: list[MSA] = []
-
-    def visit(memory: Memory) -> None:
-        if isinstance(memory, MSA):
-            found.append(memory)
-        parts = memory.parts if isinstance(memory, Combinator) else ()
-        for part in parts * (memory.n if isinstance(memory, Repeat) else 1):
-            visit(part)
-
-    visit(model)
-    if not found:
-        raise ValueError(f"{type(model).__name__}: has no MSA layer, so there is nothing to build a bank of")
-    return found
 
 
 class Routing(NamedTuple):
@@ -181,6 +105,26 @@ def agree(routing: Routing, count: int) -> list[list[tuple[int, float]]]:
     return rows
 
 
+def rank(
+    model: Memory,
+    params: dict,
+    bank: banks.Bank,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    count: int,
+    *,
+    width: int | None = None,
+) -> list[list[tuple[int, float]]]:
+    """The `count` documents that the layers agree on for each question, see `agree`; nothing is read or answered.
+
+    width: pad questions to so many tokens, so that batches share a compiled program; what is longer is cut off.
+    """
+    special = reading.special_ids(tokenizer)
+    rows = [reading.question(special, reading.encode_question(tokenizer, q))[:width] for q in questions]
+    ids, valid = reading.pad_left(rows, width or _round_up(max(map(len, rows))))
+    return agree(ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid), depth=count)[1], count)
+
+
 class Prepared(NamedTuple):
     """Questions that have routed: their answers are generated from `state`, `prompt` and `valid` under `sampling`."""
 
@@ -208,7 +152,7 @@ def prepare(
 ) -> Prepared:
     """Route questions over the bank and put together what each is answered from. Arguments and errors of `answer`."""
     special, window = reading.special_ids(tokenizer), min(m.window for m in router_layers(model))
-    asked = [tokenizer.encode(q) for q in questions]
+    asked = [reading.encode_question(tokenizer, q) for q in questions]
     if not all(map(len, asked)):
         raise ConfigError("question: is empty")
     first = [reading.question(special, ids) for ids in asked]
@@ -300,45 +244,7 @@ def _rows(model: Memory, b: int) -> Any:
     return model.init_state(b)
 
 
-class _Thread(abc.ABC):
-    """A `call` for `thread` that stays outside jit between the leaves and handles MSA layers itself."""
-
-    unrolled, remat = True, False
-
-    def __init__(self, tokens: dict[str, Any]):
-        self.tokens = tokens
-
-    def __call__(self, memory: Memory, params, state, x) -> tuple[Any, Any, Any]:
-        if isinstance(memory, MSA):
-            return self.routed(memory, params, state, x)
-        if isinstance(memory, Combinator):
-            return memory.thread(self, params, state, x)
-        return *self.leaf(memory, params, state, x), {}
-
-    @abc.abstractmethod
-    def leaf(self, memory: Memory, params, state, x) -> tuple[Any, Any]: ...
-
-    @abc.abstractmethod
-    def routed(self, memory: MSA, params, state: MSAState, x) -> tuple[Any, Any, Any]: ...
-
-
-class _Write(_Thread):
-    """Reads documents and keeps each layer's store, in the order of the layers."""
-
-    def __init__(self, tokens):
-        super().__init__(tokens)
-        self.stores: list[Any] = []
-
-    def leaf(self, memory, params, state, x):
-        return memory.write(params, state, x, **self.tokens)
-
-    def routed(self, memory, params, state, x):
-        y, state = self.leaf(memory, params, state, x)
-        self.stores.append(state.store)
-        return y, state, {}
-
-
-class _Ask(_Thread):
+class _Ask(Thread):
     """Routes over a bank: queries on the device, the search where the bank is, attention on the device again."""
 
     def __init__(self, tokens, bank: banks.Bank, routes, depth: int):

@@ -30,6 +30,11 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {name: tokenizer.special[name] for name in SPECIAL}
 
 
+def encode_question(tokenizer: Tokenizer, text: str) -> Int[np.ndarray, " t"]:
+    """The ids of what is asked, begun with a space: so its first word is spelt as in the middle of a document."""
+    return tokenizer.encode(" " + text.strip() if text.strip() else "")
+
+
 def question(special: dict[str, int], ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """The question as it routes."""
     return np.concatenate([[special["<question>"]], ids]).astype(np.int32)

@@ -16,7 +16,8 @@ from memjax.in_storage.bank_files import OpenBank
 from memjax.in_storage.bank_manifest import NAME
 from memjax.lm.asking import Asked, Passage, ask, excerpt
 from memjax.lm.files import LoadedModel
-from memjax.lm.reader import Routing, agree, router_layers
+from memjax.lm.pooling import router_layers
+from memjax.lm.reader import Routing, agree
 
 
 class ServedBank:

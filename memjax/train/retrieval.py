@@ -52,6 +52,7 @@ def fit_phases(
     phases: Sequence[Phase] = PUBLISHED,
     learning_rate: float = 0.01,
     adam_learning_rate: float = 0.005,
+    temperature: float = 0.1,
     directory: Path | None = None,
     log_every: int = 25,
     save_every: int | None = None,
@@ -61,6 +62,7 @@ def fit_phases(
     Args:
       data: number of the phase -> its batches (`retrieval_loss` says what is in one).
       steps: updates of all phases together.
+      temperature: of the contrast between documents (`router_loss`).
       directory: <directory>/phase-<i> keeps the checkpoints and metrics.jsonl of phase i; a run begun again goes on
         from the newest checkpoint. None keeps nothing.
 
@@ -75,14 +77,20 @@ def fit_phases(
             "adam_learning_rate": phase.rate * adam_learning_rate,
         }
         result = fit(
-            retrieval_loss(model, lm_weight=phase.lm_weight, aux_weight=phase.aux_weight),
+            retrieval_loss(model, lm_weight=phase.lm_weight, aux_weight=phase.aux_weight, temperature=temperature),
             params,
             data(i),
             optimizer=make_optimizer(model, steps=count, **rates),
             steps=count,
             key=jax.random.fold_in(key, i),
             directory=home,
-            config={"memory": to_config(model), "phase": list(phase), "steps": count, **rates},
+            config={
+                "memory": to_config(model),
+                "phase": list(phase),
+                "steps": count,
+                "temperature": temperature,
+                **rates,
+            },
             save_every=save_every,
             log_every=log_every,
             writers=[] if home is None else [JSONLWriter(home / "metrics.jsonl")],

@@ -381,7 +381,7 @@ def test_ask_with_another_model(run, models, corpus):
     assert_refused(run("bank", "ask", "b", QUESTION, "--model", models / "m1"), "b: was built with model")
     assert run("bank", "ask", "b", QUESTION, "--model", models / "m0")[0] == 0
     assert_refused(run("bank", "ask", "b", ""), "question: is empty")
-    assert_refused(run("bank", "ask", "b", QUESTION * 12), "question: has 457 tokens, the model's window is 384")
+    assert_refused(run("bank", "ask", "b", QUESTION * 12), "question: has 458 tokens, the model's window is 384")
     assert_refused(run("bank", "ask", "b", QUESTION, "--passages", 0), "--passages is 0")
     assert_refused(run("bank", "info", corpus), "manifest.json")
     assert_refused(run("bank", "build", corpus, "--model", models / "m1", "--bank", "b"), "b: was built with model")
@@ -425,7 +425,7 @@ def test_an_interrupted_build(run, models, corpus, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(memjax.lm.build.reader, "pool_documents", interrupt)
+    monkeypatch.setattr(memjax.lm.build.pooling, "pool_documents", interrupt)
     code, _, err = run("bank", "build", corpus, "--model", models / "m0")
     assert (code, err) == (130, "interrupted; no bank was written; the same command begins anew\n")
     assert not list(tmp_path.glob("*.bank*"))

@@ -38,7 +38,7 @@ def test_what_cannot_be_asked(bank):
     for same_shapes in (False, True):
         with pytest.raises(ConfigError, match="question: is empty"):
             ask(*opened, "", same_shapes=same_shapes)
-        with pytest.raises(ConfigError, match="question: has 385 tokens, the model's window is 384"):
+        with pytest.raises(ConfigError, match="question: has 386 tokens, the model's window is 384"):
             ask(*opened, "x" * 384, same_shapes=same_shapes)
 
 

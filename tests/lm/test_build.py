@@ -11,7 +11,7 @@ from memjax.data import File
 from memjax.errors import BankError, ConfigError, DataError
 from memjax.in_storage import bank_change
 from memjax.in_storage.bank_files import compact, delete_files, open_bank
-from memjax.lm import LanguageModel, bank_model, build, reader
+from memjax.lm import LanguageModel, bank_model, build, pooling, reader
 from memjax.lm.build import append_files, build_bank
 from memjax.lm.files import LoadedModel, ReadingSettings, load_model, save_model
 from tests.in_storage.test_bank_files import tree
@@ -53,7 +53,7 @@ def test_blocks_give_what_each_document_gives_alone(loaded, bank):
         ids = np.zeros((1, tiny.READING.document_tokens), np.int32)
         tokens = opened.token_ids(document)
         ids[0, : len(tokens)] = tokens
-        alone = reader.pool_documents(loaded.model, loaded.params, ids, np.arange(ids.shape[1])[None] < len(tokens))
+        alone = pooling.pool_documents(loaded.model, loaded.params, ids, np.arange(ids.shape[1])[None] < len(tokens))
         here = slice(3 * document, 3 * document + 3)
         for name in ("k", "v", "rk"):
             got, want = getattr(opened.bank, name)[:, here], getattr(alone, name)[:, :3]
@@ -85,10 +85,10 @@ def test_an_interruption_leaves_no_bank_or_the_old_one(loaded, tmp_path, monkeyp
             raise KeyboardInterrupt
         return pool(*args)
 
-    pool = reader.pool_documents
+    pool = pooling.pool_documents
     for overwrite in (False, True):
         calls = iter([False, True])
-        monkeypatch.setattr(reader, "pool_documents", interrupted)
+        monkeypatch.setattr(pooling, "pool_documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_bank(loaded, FILES, tmp_path / "b", overwrite=overwrite, progress=False)
         monkeypatch.undo()
@@ -100,13 +100,13 @@ def test_an_interruption_leaves_no_bank_or_the_old_one(loaded, tmp_path, monkeyp
 
 
 def test_chunks_that_found_no_room_are_an_error(loaded, tmp_path, monkeypatch):
-    pool = reader.pool_documents
+    pool = pooling.pool_documents
 
     def full(*args):
         pooled = pool(*args)
         return pooled._replace(count=pooled.count.at[0, 2].set(7))
 
-    monkeypatch.setattr(reader, "pool_documents", full)
+    monkeypatch.setattr(pooling, "pool_documents", full)
     with pytest.raises(ValueError, match="7 chunks of 4 documents find no room"):
         build_bank(loaded, FILES, tmp_path / "b", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -117,7 +117,7 @@ def test_models_that_read_no_bank(loaded, tmp_path):
         build_bank(loaded._replace(reading=None), FILES, tmp_path / "b")
     with pytest.raises(ConfigError, match="has no MSA layer"):
         model = LanguageModel(tiny.model().body.blocks[0].blocks[1], tiny.TOKENIZER.vocab_size)
-        build_bank(LoadedModel(model, {}, tiny.TOKENIZER, tiny.READING, ""), FILES, tmp_path / "b")
+        build_bank(LoadedModel(model, {}, tiny.TOKENIZER, tiny.READING, "", "float32"), FILES, tmp_path / "b")
     with pytest.raises(ConfigError, match="capacity is 2, needs 4 chunks for a document of 64 tokens"):
         build_bank(loaded._replace(model=tiny.model(capacity=2)), FILES, tmp_path / "b")
 
@@ -147,13 +147,13 @@ def texts(path):
 def test_only_what_changed_is_read(loaded, tmp_path, monkeypatch):
     path, seen = tmp_path / "b", []
     build_bank(loaded, FILES, path, progress=False)
-    pool = reader.pool_documents
+    pool = pooling.pool_documents
 
     def counted(model, params, ids, valid):
         seen.append(int(valid.any(1).sum()))
         return pool(model, params, ids, valid)
 
-    monkeypatch.setattr(reader, "pool_documents", counted)
+    monkeypatch.setattr(pooling, "pool_documents", counted)
     same = build_bank(loaded, FILES, path, progress=False)
     assert (seen, same.read, same.documents) == ([], 0, 20) and len(same.files.unchanged) == 4
     changed = File("notes/1.txt", FILES[1].text.replace("line 4 of note 1,", "line 4 was rewritten"))
@@ -189,7 +189,7 @@ def test_a_text_of_two_files_outlives_either(loaded, tmp_path):
 def test_files_that_are_copies_of_others_need_no_model(loaded, tmp_path, monkeypatch):
     path = tmp_path / "b"
     build_bank(loaded, FILES, path, progress=False)
-    monkeypatch.setattr(reader, "pool_documents", None)
+    monkeypatch.setattr(pooling, "pool_documents", None)
     copies = [File(f"copy/{f.path}", f.text) for f in FILES]
     made = append_files(loaded, copies, path, progress=False)
     assert (made.read, made.documents, len(texts(path))) == (0, 40, 20)
@@ -219,13 +219,13 @@ def test_append_then_delete_leaves_the_bytes_of_every_answer(loaded, tmp_path):
 
 def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(bank_change, "SEGMENT", 24)  # two blocks of four documents of three chunks
-    pool, more = reader.pool_documents, [note(i) for i in range(4, 8)]
+    pool, more = pooling.pool_documents, [note(i) for i in range(4, 8)]
     build_bank(loaded, FILES, tmp_path / "want", progress=False)
     seen = []
     for died in (1, 2, 3, 4):
         calls = iter([False] * died + [True])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(reader, "pool_documents", lambda *a, calls=calls: stop() if next(calls) else pool(*a))
+            patch.setattr(pooling, "pool_documents", lambda *a, calls=calls: stop() if next(calls) else pool(*a))
             build_bank(loaded, FILES, tmp_path / f"{died}", progress=False)
         made = build_bank(loaded, FILES, tmp_path / f"{died}", progress=False)
         seen.append((made.resumed, made.read))
@@ -235,7 +235,7 @@ def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(loaded, tmp_pat
         calls = iter([False] * 3 + [True])
         path = shutil.copytree(tmp_path / "want", tmp_path / kind.__name__)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(reader, "pool_documents", lambda *a, calls=calls: stop() if next(calls) else pool(*a))
+            patch.setattr(pooling, "pool_documents", lambda *a, calls=calls: stop() if next(calls) else pool(*a))
             kind(loaded, more, path, progress=False)
         assert texts(path) == texts(tmp_path / "want")  # as it was, to whoever asks meanwhile
         assert kind(loaded, more, path, progress=False).resumed == 8

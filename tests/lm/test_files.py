@@ -70,6 +70,24 @@ def test_reading_settings_may_be_edited(saved):
         load_model(saved)
 
 
+def test_bfloat16_is_rounded_once_and_takes_half_the_space(saved, tmp_path):
+    hash_ = save_model(tmp_path / "half", MODEL, PARAMS, tiny.TOKENIZER, dtype="bfloat16")
+    loaded = load_model(tmp_path / "half")
+    assert (loaded.dtype, load_model(saved).dtype) == ("bfloat16", "float32")
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, rounded)
+    whole, half = ((folder / "params.safetensors").stat().st_size for folder in (saved, tmp_path / "half"))
+    assert half < 0.6 * whole
+    again = save_model(tmp_path / "again", MODEL, loaded.params, tiny.TOKENIZER, dtype=loaded.dtype)
+    assert again == hash_ != load_model(saved).hash
+
+
+def test_a_file_of_two_dtypes_is_refused(saved):
+    edit_params(saved, lambda arrays: arrays.update({LEAF: arrays[LEAF].astype(jnp.bfloat16)}))
+    with pytest.raises(CheckpointError, match=r"params.safetensors: array .* is (bfloat16|float32)\[.*needs"):
+        load_model(saved)
+
+
 def test_a_model_that_reads_no_bank_has_no_reading_settings(tmp_path):
     save_model(tmp_path / "model", MODEL, PARAMS, tiny.TOKENIZER)
     assert load_model(tmp_path / "model").reading is None

@@ -14,7 +14,7 @@ from memjax.in_context.canon import Canon
 from memjax.in_storage import bank as banks
 from memjax.in_storage.msa import MSA
 from memjax.in_weights.stem import STEM
-from memjax.lm import reader, reading
+from memjax.lm import pooling, reader, reading
 from memjax.lm.generate import Sampling, generate
 from memjax.lm.model import LanguageModel
 from memjax.lm.reader import Routing
@@ -45,7 +45,7 @@ apply = partial(jax.jit, compiler_options=QUICK_COMPILE)(MODEL.apply_with_aux)
 
 @pytest.fixture(scope="module")
 def pooled():
-    return reader.pool_documents(MODEL, PARAMS, jnp.asarray(IDS), jnp.asarray(VALID), dtype=jnp.float32)
+    return pooling.pool_documents(MODEL, PARAMS, jnp.asarray(IDS), jnp.asarray(VALID), dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,24 @@ def test_words_and_the_model_choose_together(bank):
     assert len(prepare(read=2, words=found).passages[1]) == 2
 
 
+def test_a_ranking_is_what_the_layers_agree_on(bank):
+    questions = ["who?", "where is it, and when?"]
+    got = reader.rank(MODEL, PARAMS, bank, TOKENIZER, questions, 4)
+    special = reading.special_ids(TOKENIZER)
+    for row, q in zip(got, questions, strict=True):  # each alone, without padding
+        ids = reading.question(special, reading.encode_question(TOKENIZER, q))[None]
+        _, routing = reader.ask(MODEL, PARAMS, bank, jnp.asarray(ids), jnp.ones(ids.shape, bool), depth=4)
+        (want,) = reader.agree(routing, 4)
+        assert [d for d, _ in row] == [d for d, _ in want]
+        np.testing.assert_allclose([s for _, s in row], [s for _, s in want], atol=1e-5)
+    cut = reader.rank(MODEL, PARAMS, bank, TOKENIZER, questions, 4, width=5)  # the mark, a space, three letters
+    assert cut[1] == reader.rank(MODEL, PARAMS, bank, TOKENIZER, ["x", "whe"], 4, width=5)[1] != got[1]
+
+
 def test_blocks_of_documents_are_padded_to_one_shape(pooled):
     number = np.arange(5, dtype=np.int32)
     documents = TokenizedDocuments(IDS[:5], LENGTHS, np.zeros(5, np.int32), number + 1, number + 2, ("a.txt",))
-    blocks = list(reader.pool_blocks(MODEL, PARAMS, documents, rows=3))
+    blocks = list(pooling.pool_blocks(MODEL, PARAMS, documents, rows=3))
     assert [np.asarray(b.doc_len).tolist() for b in blocks] == [[3, 1, 3], [1, 2]]
     assert [len(i) for b in blocks for i in b.ids] == LENGTHS.tolist()
     np.testing.assert_allclose(
@@ -133,14 +147,14 @@ def test_blocks_of_documents_are_padded_to_one_shape(pooled):
     assert blocks[1].path == ["a.txt"] * 2 and list(blocks[1].first_line) == [4, 5]
     small = LanguageModel(Residual(MSA(**ATTENTION, pool=4, capacity=2, documents=6)), TOKENIZER.vocab_size)
     with pytest.raises(ValueError, match="chunks of 3 documents find no room in the store of MSA"):
-        next(reader.pool_blocks(small, small.init(jax.random.key(0)), documents, rows=3))
+        next(pooling.pool_blocks(small, small.init(jax.random.key(0)), documents, rows=3))
 
 
 def test_layers_are_counted_as_often_as_they_run(bank):
-    assert reader.router_layers(MODEL) == [ROUTER] * 3
+    assert pooling.router_layers(MODEL) == [ROUTER] * 3
     plain = LanguageModel(Canon(8), 9)
     with pytest.raises(ValueError, match="LanguageModel: has no MSA layer"):
-        reader.router_layers(plain)
+        pooling.router_layers(plain)
     two = bank._replace(rk=bank.rk[:2])
     with pytest.raises(ValueError, match="ask: bank holds 2 router layers, the model has 3"):
         reader.ask(MODEL, PARAMS, two, jnp.asarray(QUESTION), jnp.asarray(ASKED))
@@ -161,7 +175,7 @@ def test_answers(bank):
     got = reader.answer(MODEL, PARAMS, bank, TOKENIZER, questions, read, steps=3)
     assert got.tokens.shape == (2, 3) and got.routing.documents.shape == (3, 2, 2)
     # by hand: the questions route, the passages are read behind them, the answers are decoded
-    special, asked = reading.special_ids(TOKENIZER), [TOKENIZER.encode(q) for q in questions]
+    special, asked = reading.special_ids(TOKENIZER), [TOKENIZER.encode(" " + q) for q in questions]
     ids, valid = reading.pad_left([reading.question(special, q) for q in asked], 16)
     state, routing = reader.ask(MODEL, PARAMS, bank, jnp.asarray(ids), jnp.asarray(valid))
     np.testing.assert_array_equal(routing.documents, got.routing.documents)
@@ -182,6 +196,8 @@ def test_answers(bank):
 
 
 def test_texts():
+    assert reading.encode_question(TOKENIZER, " who? ").tolist() == TOKENIZER.encode(" who?").tolist()
+    assert len(reading.encode_question(TOKENIZER, " \n")) == 0
     assert (
         reader.answer_text(TOKENIZER, np.array([*TOKENIZER.encode(" 42"), TOKENIZER.special["<end>"], -1, -1])) == "42"
     )
