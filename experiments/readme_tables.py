@@ -3,7 +3,7 @@
     python -m experiments.readme_tables
 
 Each stands between two comments, <!-- name --> and <!-- /name -->, and what is between them is replaced: `places` and
-`catalog` (memjax.catalog), `picture` and `needle_bank` (experiments/records/needle_bank-*.json).
+`catalog` (memjax.catalog), and the others from the newest record of the experiment of that name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import RECORDS, readme_memories, readme_ops
-from experiments.markdown import missing, source, table, tokens
+from experiments import RECORDS, readme_bank, readme_memories, readme_ops
+from experiments.markdown import table
 from memjax.catalog import CATALOG, PLACES
 
 ROOT = Path(__file__).parents[1]
-README, PICTURE = ROOT / "README.md", RECORDS / "needle_bank.png"
-COMMAND = "python -m experiments.needle_bank --seeds 0 1 2 --record"
+README = ROOT / "README.md"
 GROWS = {"in_state": "no", "in_context": "up to its window", "in_storage": "with each document", "in_weights": "no"}
 
 
@@ -50,44 +49,6 @@ def catalog() -> str:
     return table(("memory", "what it is", "place", "paper", "goldens"), rows)
 
 
-def picture(record: dict[str, Any] | None) -> str:
-    """The picture of the newest record, in one line."""
-    if record is None:
-        return f"*The picture of what the demo measures stands here once `{COMMAND}` has run.*"
-    trained, largest = record["trained_on"], record["runs"][0]["sizes"][-1]["tokens"]
-    alt = f"Recall and right answers while the memory grows to {tokens(largest)} tokens, {largest // trained} times"
-    return f"![{alt} the {tokens(trained)} of training]({PICTURE.relative_to(ROOT)})"
-
-
-def needle_bank(record: dict[str, Any] | None) -> str:
-    """The numbers of the newest record."""
-    if record is None:
-        return missing(COMMAND)
-    runs, rows = record["runs"], []
-    for same in zip(*(run["sizes"] for run in runs), strict=True):
-        recall = [sum(layer) / len(same) for layer in zip(*(row["recall_at_4"] for row in same), strict=True)]
-        answers = [row["accuracy"] for row in same]
-        spread = f" ({min(answers):.3f} to {max(answers):.3f})" if len(same) > 1 else ""
-        drops = [row for row in same if row["drop"] is not None]
-        drop = "–"
-        if drops:
-            low, high = (pick(row["drop_interval"][i] for row in drops) for i, pick in ((0, min), (1, max)))
-            drop = f"{sum(row['drop'] for row in drops) / len(drops):.1%} ({low:.1%} to {high:.1%})"
-        rows.append((
-            tokens(same[0]["tokens"]), f"{same[0]['documents']:,}", " / ".join(f"{r:.3f}" for r in recall),
-            f"{sum(answers) / len(answers):.3f}{spread}", drop,
-        ))  # fmt: skip
-    seeds = len(runs)
-    many = (
-        f"{seeds} training seeds: means, answers from the worst to the best seed" if seeds > 1 else "One training seed"
-    )
-    said = (
-        f"{many}; the drop in right answers is relative to the first row, with the widest 95 % interval of a seed. "
-        f"Trained with {tokens(record['trained_on'])} tokens of memory. "
-    ) + source(record, COMMAND if seeds > 1 else COMMAND.partition(" --")[0])
-    return table(("tokens", "documents", "recall@4 by router layer", "answers", "drop"), rows) + "\n\n" + said
-
-
 def newest(experiment: str, folder: Path = RECORDS) -> dict[str, Any] | None:
     """The newest record of an experiment, with its file's "name"; None if there is none.
 
@@ -102,12 +63,14 @@ def newest(experiment: str, folder: Path = RECORDS) -> dict[str, Any] | None:
 
 def redraw(text: str, folder: Path = RECORDS) -> str:
     """The README with every block drawn anew. Raises SystemExit naming a block that it lacks."""
-    record = newest("needle_bank", folder)
     blocks: dict[str, Callable[[], str]] = {
         "places": places, "catalog": catalog,
-        "picture": lambda: picture(record), "needle_bank": lambda: needle_bank(record),
+        "picture": lambda: readme_bank.picture(newest("needle_bank", folder)),
         "ops": lambda: readme_ops.ops(newest("bench_ops", folder)),
-        **{name: partial(draw, newest(name.removesuffix("_picture"), folder)) for name, draw in readme_memories.BLOCKS},
+        **{
+            name: partial(draw, newest(name.removesuffix("_picture"), folder))
+            for name, draw in (*readme_bank.BLOCKS, *readme_memories.BLOCKS)
+        },
     }  # fmt: skip
     for name, draw in blocks.items():
         found = list(re.finditer(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", text, re.DOTALL))
@@ -121,7 +84,7 @@ def main() -> None:
     from memjax.plots import plot_needle_bank
 
     if record := newest("needle_bank"):
-        plot_needle_bank(RECORDS / record["name"], PICTURE)
+        plot_needle_bank(RECORDS / record["name"], ROOT / readme_bank.PICTURE)
     README.write_text(redraw(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{README.name}: {len(CATALOG)} memories, record {record['name'] if record else 'none'}")
 

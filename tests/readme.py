@@ -3,7 +3,8 @@
     python -m tests.readme
 
 Every ```python block is a program, run in a fresh interpreter and an empty folder, on the CPU. Of the ```sh blocks
-those marked ```sh run are run, with the commands of this interpreter's environment first on the path.
+those marked ```sh run are run, one after another in one folder, with the commands of this interpreter's environment
+first on the path, and a home that has the texts below.
 """
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ from typing import NamedTuple
 
 README = Path(__file__).parents[1] / "README.md"
 FIRST_SCREEN, FIRST_PROGRAM = 45, range(15, 21)  # lines: where the first program ends, and how many it may have
+
+
+TEXTS = {
+    "home/notes/garden.md": "# Garden\n\nThe old apple tree gets its ladder and its rope in October.\n",
+    "home/notes/house.txt": "The spare key of the archive hangs behind the blue heater in the corridor.\n",
+    "home/notes/drafts/speech.txt": "Dear friends of the observatory, thank you for coming tonight.\n",
+    "home/letters/aunt.txt": "Your aunt writes that the ferry now leaves at seven from the north pier.\n",
+    "one.txt": "The bicycle was sold to the baker for forty coins.\n",
+}
+"""What the commands of the README read: in the folder they run in, and below its `home`."""
 
 
 class Block(NamedTuple):
@@ -39,16 +50,16 @@ def blocks(text: str) -> list[Block]:
     return [Block(m[1].strip(), 2 + text.count("\n", 0, m.start()), m[2]) for m in found]
 
 
-def run(block: Block) -> tuple[bool, str]:
-    """Whether it succeeds, and its output with the errors in it."""
+def run(block: Block, folder: Path) -> tuple[bool, str]:
+    """Whether it succeeds in that folder, and its output with the errors in it."""
     command = [sys.executable, "program.py"] if block.kind == "python" else ["bash", "-eu", "program.py"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with tempfile.TemporaryDirectory(prefix="readme-") as folder:
-        Path(folder, "program.py").write_text(block.text, encoding="utf-8")
-        done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PATH": path, "JAX_PLATFORMS": "cpu"}, check=False,
-            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    home = {"HOME": str(folder / "home")} if block.kind == "sh run" else {}
+    (folder / "program.py").write_text(block.text, encoding="utf-8")
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path, "JAX_PLATFORMS": "cpu", **home}, check=False,
+        text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     return done.returncode == 0, done.stdout
 
 
@@ -71,17 +82,22 @@ def main(path: Path = README) -> int:
     if wrong := first_program(text):
         print(f"✗ {path.name}: {wrong}")
         failed += 1
-    for block in blocks(text):
-        if not block.runs:
-            continue
-        began = time.perf_counter()
-        ok, output = run(block)
-        failed += not ok
-        title = f"{path.name}:{block.line} {block.kind}, {block.text.count(chr(10))} lines"
-        last = (output.strip().splitlines() or ["(prints nothing)"])[-1].strip()
-        print(f"{'✓' if ok else '✗'} {title}, {time.perf_counter() - began:.1f} s: {last}", flush=True)
-        if not ok:
-            print(output)
+    with tempfile.TemporaryDirectory(prefix="readme-") as where:
+        shared = Path(where, "shared")
+        for name, content in TEXTS.items():
+            (shared / name).parent.mkdir(parents=True, exist_ok=True)
+            (shared / name).write_text(content, encoding="utf-8")
+        for block in filter(lambda block: block.runs, blocks(text)):
+            folder = shared if block.kind == "sh run" else Path(where, f"line-{block.line}")
+            folder.mkdir(exist_ok=True)
+            began = time.perf_counter()
+            ok, output = run(block, folder)
+            failed += not ok
+            title = f"{path.name}:{block.line} {block.kind}, {block.text.count(chr(10))} lines"
+            last = (output.strip().splitlines() or ["(prints nothing)"])[-1].strip()
+            print(f"{'✓' if ok else '✗'} {title}, {time.perf_counter() - began:.1f} s: {last}", flush=True)
+            if not ok:
+                print(output)
     return int(failed > 0)
 
 

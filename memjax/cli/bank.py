@@ -23,8 +23,6 @@ class Ask(Asking):
     """Ask a bank: the answer, and below it the passages that were read to give it."""
 
     question: Positional[str]
-    words: bool = False
-    """Choose the passages by the model and by their words (BM25) together; needs the extra `demo`."""
 
     def run(self) -> None:
         from memjax.lm.asking import ask, word_index

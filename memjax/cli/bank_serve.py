@@ -28,6 +28,8 @@ class Asking(Command):
     """Folder of the model that built the bank; by default the copy inside the bank."""
     passages: int | None = None
     """Documents that are read before answering; by default as in training."""
+    words: bool = False
+    """Choose the passages by the model and by their words (BM25) together; needs the extra `demo`."""
     location: Literal["disk", "host", "device"] = "disk"
     """Where the bank lies while it is searched."""
 
@@ -65,7 +67,7 @@ class Serve(Asking):
         with _listen(self.host, self.port) as listening:  # before the model is compiled for a port that is taken
             out, began = self.start(), time.perf_counter()
             out.print("loading and compiling ...", style="dim")
-            bank = ServedBank(self.bank, self.open, self.passages)
+            bank = ServedBank(self.bank, self.open, self.passages, self.words)
             bank.warm_up()
             about, (address, port) = bank.about(), listening.getsockname()[:2]
             hosts = loopback_names(address, self.host)

@@ -151,7 +151,8 @@ def prepare(
     words: WordIndex | None = None,
 ) -> Prepared:
     """Route questions over the bank and put together what each is answered from. Arguments and errors of `answer`."""
-    special, window = reading.special_ids(tokenizer), min(m.window for m in router_layers(model))
+    special, routers = reading.special_ids(tokenizer), router_layers(model)
+    window, chosen = min(m.window for m in routers), max(m.top_k for m in routers)
     asked = [reading.encode_question(tokenizer, q) for q in questions]
     if not all(map(len, asked)):
         raise ConfigError("question: is empty")
@@ -164,6 +165,7 @@ def prepare(
     passages = agree(routing, max(read, depth))
     if words:
         passages = [fuse(found, words.rank(q, RANKED)) for found, q in zip(passages, questions, strict=True)]
+        routing = routing._replace(documents=routing.documents[..., :chosen], scores=routing.scores[..., :chosen])
     passages = [found[:read] for found in passages]
     texts = [  # the best passage last, next to the question
         reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)

@@ -14,7 +14,7 @@ from memjax.data.corpus import Document
 from memjax.errors import BankError, ConfigError
 from memjax.in_storage.bank_files import OpenBank
 from memjax.in_storage.bank_manifest import NAME
-from memjax.lm.asking import Asked, Passage, ask, excerpt
+from memjax.lm.asking import Asked, Passage, ask, excerpt, word_index
 from memjax.lm.files import LoadedModel
 from memjax.lm.pooling import router_layers
 from memjax.lm.reader import Routing, agree
@@ -24,11 +24,17 @@ class ServedBank:
     """An open bank with its model, both opened anew when the bank's manifest is another.
 
     path: of the bank. open: gives the model and the open bank, as `memjax.lm.asking.open_with_model` does. passages:
-    documents that are read before answering; by default as in training.
+    documents that are read before answering; by default as in training. words: choose them by their words too.
     """
 
-    def __init__(self, path: Path, open: Callable[[], tuple[LoadedModel, OpenBank]], passages: int | None = None):
-        self._path, self._open, self._passages = path, open, passages
+    def __init__(
+        self,
+        path: Path,
+        open: Callable[[], tuple[LoadedModel, OpenBank]],
+        passages: int | None = None,
+        words: bool = False,
+    ):
+        self._path, self._open, self._passages, self._words = path, open, passages, words
         self._seen: tuple[int, ...] | None = None  # the manifest that is open
 
     def about(self) -> dict[str, Any]:
@@ -95,7 +101,7 @@ class ServedBank:
         return self._ask_once(question)
 
     def _ask_once(self, question: str) -> Asked:
-        return ask(self._loaded, self._opened, question, self._passages, same_shapes=True)
+        return ask(self._loaded, self._opened, question, self._passages, same_shapes=True, words=self._index)
 
     def _follow(self) -> None:
         """Open the bank if it is not open, or another than the open one."""
@@ -106,6 +112,7 @@ class ServedBank:
             self._loaded, self._opened = self._open()
         except ConfigError as error:  # of the model: no fault of the question
             raise BankError(str(error)) from None
+        self._index = word_index(self._loaded, self._opened) if self._words else None
         self._seen = now
 
     def _manifest(self) -> tuple[int, ...] | None:

@@ -376,6 +376,14 @@ def test_build_ask_info(run, models, corpus, tmp_path):
     assert "3 of 3 files" in out and "a copy is in the bank" in out and "sub/c.txt" in out and "segments: 1" in out
 
 
+def test_a_bank_without_a_model_named_is_read_by_the_packaged_one(run, corpus):
+    code, out, err = run("bank", "build", corpus, "--bank", "b")
+    assert (code, err) == (0, "") and out.endswith('next: memjax bank ask b "..."\n')
+    code, out, _ = run("bank", "ask", "b", "where does it stand alone", "--passages", 1)
+    assert code == 0 and "a.txt:1-2" in out
+    assert run("bank", "append", "b", corpus / "a.txt")[0] == 0
+
+
 def test_ask_with_another_model(run, models, corpus):
     run("bank", "build", corpus, "--model", models / "m0", "--bank", "b")
     assert_refused(run("bank", "ask", "b", QUESTION, "--model", models / "m1"), "b: was built with model")

@@ -114,9 +114,10 @@ def test_words_and_the_model_choose_together(bank):
     said = [(4, 2.0), (1, 1.0)]
     found.rank = lambda question, count: said if question == "x" else []  # type: ignore[method-assign]
     together = prepare(read=5, words=found)
-    model = reader.agree(together.routing, reader.RANKED)
+    model = reader.rank(MODEL, PARAMS, bank, TOKENIZER, ["words of it", "x"], reader.RANKED)
     assert [len(ranking) for ranking in model] == [5, 5]  # all documents, not only those that a layer reads
     assert together.passages == [fuse(model[0], []), fuse(model[1], said)]
+    assert together.routing.documents.shape == (3, 2, ROUTER.top_k)  # what was read, not the whole ranking
     assert [d for d, _ in together.passages[1]] != [d for d, _ in model[1]]
     assert len(prepare(read=2, words=found).passages[1]) == 2
 

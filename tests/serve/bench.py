@@ -44,8 +44,8 @@ def build(folder: Path) -> None:
     build_bank(load_model(folder / "model"), read_folder(folder / "texts")[0], folder / "texts.bank", progress=False)
 
 
-def serve(bank: Path, passages: int | None = None) -> ServedBank:
-    return ServedBank(bank, lambda: open_with_model(bank), passages)
+def serve(bank: Path, passages: int | None = None, words: bool = False) -> ServedBank:
+    return ServedBank(bank, lambda: open_with_model(bank), passages, words)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from memjax.in_storage.bank_files import compact, delete_files
-from memjax.lm.asking import ask, open_with_model
+from memjax.lm.asking import ask, open_with_model, word_index
 from memjax.serve import bank as served
 from memjax.serve import guard, loopback_names, make_app
+from tests.lm import tiny
 from tests.serve.bench import TEXTS, build, make_bank, serve, server
 
 MARKUP = sorted(TEXTS)[1]
@@ -93,6 +94,18 @@ def test_a_streamed_answer_is_lines(web):
     assert first == {"type": "found", "passages": whole["passages"], "routing": whole["routing"]}
     assert {t["type"] for t in texts} <= {"text"} and "".join(t["text"] for t in texts) == whole["answer"]
     assert set(end) == {"type", "first_word_seconds", "seconds"} and end["type"] == "end"
+
+
+def test_words_choose_the_passages_too(shared):
+    bank = serve(shared, words=True)
+    found = next(bank.ask("a folder of its own"))
+    loaded, opened = open_with_model(shared)
+    want = ask(loaded, opened, "a folder of its own", words=word_index(loaded, opened))
+    assert [p["citation"] for p in found["passages"]] == [p.document.citation for p in want.passages]
+    assert [p["score"] for p in found["passages"]] == pytest.approx([p.score for p in want.passages], abs=1e-6)
+    assert {p["file"]: p["score"] for p in found["passages"]}["sub/c.txt"] > 1 / 61  # found by both
+    chosen = tiny.FIELDS["top_k"]  # of a deeper ranking, what the layer chose is shown
+    assert sum(score is not None for score in found["routing"]["scores"][0]) == min(chosen, len(TEXTS))
 
 
 def test_a_layer_that_did_not_choose_a_document_scores_it_null(shared):
