@@ -385,9 +385,7 @@ def main(config: Config) -> dict[str, Any]:
     corpus, model = read_corpus(config), build_model(config)
     sizes = {kind: int(documents.lengths.sum()) for kind, documents in corpus.kinds.items()}
     print(f"{sizes} tokens to train on; a model of {model.param_bytes() // 4:,} parameters", flush=True)
-    began = time.perf_counter()
     params = train(config, corpus, model, home)
-    seconds = time.perf_counter() - began
     reading = ReadingSettings(config.document_tokens, passages=2, answer_tokens=32)
     save_model(home / "model", model, params, corpus.tokenizer, reading=reading, dtype="bfloat16", overwrite=True)
     loaded = load_model(home / "model")  # as rounded
@@ -397,7 +395,7 @@ def main(config: Config) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (home / "phase-0" / "metrics.jsonl").read_text().splitlines()]
     body = {
         "config": {name: value for name, value in settings(config).items() if name not in ("text", "test")},
-        "trained_on": sizes, "train_seconds": seconds, "passages": rows, "metrics": metrics,
+        "trained_on": sizes, "passages": rows, "metrics": metrics,
         "model_hash": loaded.hash,
     }  # fmt: skip
     if recorded("packaged_model", body, config) and config.record:

@@ -63,11 +63,11 @@ def packaged_model(record: Record) -> str:
         rows.append((TEXTS.get(row["kind"], row["kind"]), f"{row['documents']:,}", *passages, found,
                      f"{row['needles']['right']:.2f}"))  # fmt: skip
     header = ("folder", "documents", "model", "BM25", "both", "needles, by router layer", "right answers")
-    first, minutes = record["passages"][0], record["train_seconds"] / 60
+    first = record["passages"][0]
     said = (
         f"Recall@10 of {first['questions']} questions, each a few words of a document with a third dropped, in "
         f"{tokens(record['config']['test_tokens'])} tokens; recall@4 and answers of {first['needles']['asked']} "
-        f"needles in the same bank. Trained for {minutes:.0f} minutes on a CPU, one seed. "
+        f"needles in the same bank. {record['config']['steps']:,} steps of training, one seed. "
     )
     return table(header, rows) + "\n\n" + said + source(record, PACKAGED)
 
