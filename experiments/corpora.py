@@ -23,7 +23,7 @@ GZIP = (".gz", ".dz")  # dictionaries are gzip with an index
 
 
 class Corpus(NamedTuple):
-    """use: "train" or "test". pattern: which files of the packages; command: or what prints the text."""
+    """use: "train", "test" or "more". pattern: which files of the packages; command: or what prints the text."""
 
     use: str
     what: str

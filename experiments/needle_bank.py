@@ -127,7 +127,12 @@ def read_corpus(config: Config, count: int) -> Corpus:
     from memjax.lm import reading
     from memjax.tasks import needle
 
-    files = [f for folder in config.folder for f in data.read_folder(folder)[0]] + data.standard_library()
+    files = data.standard_library()
+    for folder in reversed(config.folder):
+        found, skipped = data.read_folder(folder, max_bytes=1 << 26)  # dictionaries are one file each
+        files = [*found, *files]
+        if skipped:
+            print(f"{folder}: {len(skipped)} files are no text, such as {skipped[0].path}: {skipped[0].reason}")
     tokenizer = data.train_bpe([f.text for f in files], vocab_size=config.vocab)
     documents = data.cut(files, tokenizer, config.document_tokens, align="tokens")
     if len(documents.ids) < count:  # Python's own text ends a little below 4M tokens

@@ -19,11 +19,12 @@
 #
 # ## 1. Read a folder
 #
-# Put your own here. Ours is in every Python: the source code of a few packages of the standard library.
+# Put your own here. Ours comes with memjax: the source code of optax, of which the model has read nothing in training
+# (it was trained on Python's standard library, among others).
 
 # %%
+import importlib.util
 import shutil
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -34,10 +35,9 @@ from memjax.lm.packaged import PACKAGED
 
 here = Path(tempfile.mkdtemp())
 folder = here / "sources"
-for package in ("email", "html", "http", "json", "logging", "wsgiref"):
-    shutil.copytree(
-        Path(sysconfig.get_path("stdlib")) / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
-    )
+optax = Path(importlib.util.find_spec("optax").origin).parent
+for package in ("_src", "losses", "schedules", "transforms"):
+    shutil.copytree(optax / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*_test.py"))
 files, skipped = read_folder(folder)
 print(f"{len(files)} files, {sum(len(f.text) for f in files):,} characters, {len(skipped)} skipped")
 
@@ -60,7 +60,7 @@ print(f"{made.documents:,} documents, {made.tokens:,} tokens, {made.bytes / 1e6:
 from memjax.lm.asking import ask, open_with_model
 
 loaded, opened = open_with_model(bank)
-question = "parse a date header into a tuple with the time zone"
+question = "cosine decay schedule with a linear warm up"
 asked = ask(loaded, opened, question, passages=4)
 for passage in asked.passages:
     print(f"{passage.score:.3f}  {passage.document.citation}")
@@ -103,7 +103,7 @@ from memjax.lm.words import fuse
 from memjax.tasks.cloze import cloze
 
 rng = np.random.default_rng(0)
-living = opened.living()
+living = np.flatnonzero(np.asarray(opened.bank.doc_len) > 0)
 texts = {int(i): loaded.tokenizer.decode(opened.token_ids(int(i))) for i in living}
 gold, questions = [], []
 for i in rng.permutation(living).tolist():
@@ -112,9 +112,9 @@ for i in rng.permutation(living).tolist():
         questions.append(some)
 print(*questions[:3], sep="\n")
 
-by_model = reader.rank(loaded.model, loaded.params, opened.bank, loaded.tokenizer, questions, 10)
+by_model = reader.rank(loaded.model, loaded.params, opened.bank, loaded.tokenizer, questions, reader.RANKED)
 index = word_index(loaded, opened)
-by_words = [index.rank(q, 10) for q in questions]
+by_words = [index.rank(q, reader.RANKED) for q in questions]
 both = [fuse(a, b) for a, b in zip(by_model, by_words, strict=True)]
 
 
@@ -134,7 +134,7 @@ for name, rankings in (("model", by_model), ("words", by_words), ("both", both))
 # never found again.
 
 # %%
-(folder / "json" / "tool.py").unlink()
+(folder / "_src" / "clipping.py").unlink(missing_ok=True)
 note = folder / "note.txt"
 note.write_text("The spare key of the archive is behind the blue heater in the corridor.\n")
 made = build_bank(model, read_folder(folder)[0], bank, progress=False)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,32 +20,84 @@ from tyro.conf import Positional, subcommand
 from memjax.cli.bank_care import Compact, Delete, Verify
 from memjax.cli.bank_change import Append, Build
 from memjax.cli.bank_serve import Asking, Serve
-from memjax.cli.console import Command, printable, size, write_stream
+from memjax.cli.console import Command, error, printable, size, write_stream
+from memjax.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask(Asking):
-    """Ask a bank: the answer, and below it the passages that were read to give it."""
+    """Ask a bank: the answer, and below it the passages that were read to give it.
 
-    question: Positional[str]
+    Without a question, each line of standard input is one, until it ends: only the first waits for compilation.
+    """
 
-    def run(self) -> None:
+    question: Positional[str | None] = None
+
+    def run(self) -> int:
         from memjax.lm.asking import ask, word_index
 
         out = self.start()
         loaded, opened = self.open()
-        documents, began = int((opened.bank.doc_len > 0).sum()), time.perf_counter()
-        tokens = int(opened.documents.tokens[opened.bank.doc_len > 0].sum())
+        documents, tokens = int((opened.bank.doc_len > 0).sum()), opened.documents.tokens[opened.bank.doc_len > 0].sum()
         out.print(f"searching {documents:,} documents, {tokens:,} tokens, on {self.location} ...", style="dim")
         index = word_index(loaded, opened) if self.words else None
-        asked = ask(loaded, opened, self.question, self.passages, words=index)
-        out.print("answer", style="bold green")
-        first = write_stream(asked.answer)
-        out.print("\nread from", style="bold")
-        for place, passage in enumerate(asked.passages, start=1):
-            _print_passage(out, place, passage, self.question)
-        word = "no word" if first is None else f"first word after {first - began:.1f} s"
-        out.print(f"\n{word}, {time.perf_counter() - began:.1f} s in all, compilation included", style="dim")
+        many = self.question is None
+
+        def answer(question: str, compiles: bool) -> None:
+            began = time.perf_counter()
+            asked = ask(loaded, opened, question, self.passages, words=index, same_shapes=many)
+            out.print("answer", style="bold green")
+            first = write_stream(without_blank_lines(asked.answer))
+            out.print("\nread from", style="bold")
+            for place, passage in enumerate(asked.passages, start=1):
+                _print_passage(out, place, passage, question)
+            word = "no word" if first is None else f"first word after {first - began:.2f} s"
+            including = ", compilation included" if compiles else ""
+            out.print(f"\n{word}, {time.perf_counter() - began:.2f} s in all{including}", style="dim")
+
+        if self.question is not None:
+            answer(self.question, compiles=True)
+            return 0
+        compiles, refused = True, 0
+        for question in lines(out):
+            try:
+                answer(question, compiles)
+                compiles = False
+            except ConfigError as why:  # of this question; the next may be a good one
+                error(str(why))
+                refused += 1
+        return int(refused > 0)
+
+
+def lines(out: Console) -> Iterator[str]:
+    """The lines of standard input that are not empty; on a terminal behind a prompt, and with a history."""
+    asks = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # input() then edits lines
+    while True:
+        try:
+            line = input("\n? " if asks else "").strip()
+        except EOFError:
+            break
+        if line:
+            if not asks:
+                out.print(Text(f"\n? {printable(line)}", "bold"), soft_wrap=True)
+            yield line
+
+
+def without_blank_lines(texts: Iterable[str]) -> Iterator[str]:
+    """A text that comes in pieces without its empty lines, and white space at both ends."""
+    space, begun = "", False
+    for text in texts:
+        text = space + text
+        told = text.rstrip()
+        space = text[len(told) :]
+        if told:
+            told = re.sub(r"\n\s*\n", "\n", told)
+            yield told if begun else told.lstrip()
+            begun = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +161,11 @@ class Bank:
         return self.command.run()
 
 
-def excerpt(text: str, question: str, width: int | None = None) -> Text:
+def marked_excerpt(text: str, question: str) -> Text:
     """The part of a text that has most of the question's words, on one line, these words marked."""
-    from memjax.lm.asking import SHOWN, excerpt
+    from memjax.lm.asking import excerpt
 
-    pieces = excerpt(printable(text), question, width or SHOWN)
+    pieces = excerpt(printable(text), question)
     return Text.assemble(*((piece, "bold yellow" if marked else "") for piece, marked in pieces))
 
 
@@ -117,4 +174,4 @@ def _print_passage(out: Console, place: int, passage: Any, question: str) -> Non
     out.print(
         Text.assemble(f"  {place}  ", (printable(document.citation), "bold magenta"), (score, "dim")), soft_wrap=True
     )
-    out.print(Text.assemble("     ", excerpt(document.text, question)), soft_wrap=not out.is_terminal)
+    out.print(Text.assemble("     ", marked_excerpt(document.text, question)), soft_wrap=not out.is_terminal)

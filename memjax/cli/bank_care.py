@@ -14,9 +14,10 @@ from memjax.errors import ConfigError, MemjaxError
 
 @dataclass(frozen=True, kw_only=True)
 class Delete(Command):
-    """Hide documents of a bank: from now on they are never found and never shown.
+    """Hide documents of a bank: from now on they are not found and not shown.
 
-    The others keep their numbers and their answers. The space comes back with `memjax bank compact`.
+    The others keep their numbers and their answers. The space comes back with `memjax bank compact`; a file that still
+    lies in its folder comes back with `memjax bank build`.
     """
 
     bank: Positional[Path]

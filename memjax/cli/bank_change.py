@@ -12,7 +12,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from memjax.cli.console import Command, count, printable, report_skipped, size
-from memjax.errors import ConfigError
+from memjax.errors import BankError, ConfigError, DataError
 
 LISTED = 5  # changed files that are printed
 
@@ -35,20 +35,19 @@ class Build(Command):
     """Read everything anew, and replace a bank that is there."""
 
     def run(self) -> None:
-        from memjax.data import read_folder
+        from memjax.in_storage.bank_manifest import NAME
         from memjax.lm.build import build_bank
 
         out = self.start()
         path = self.bank or Path(f"{self.folder.resolve().name}.bank")
-        loaded = _model(path, self.model, "build")
-        files, skipped = read_folder(self.folder)
-        own = f"{_below(self.folder, path)}/"
-        files = [f for f in files if not f.path.startswith(own)]  # a bank inside its folder is not a text
-        report_skipped(out, [s for s in skipped if not s.path.startswith(own)])
+        loaded = _model(path, self.model, new=self.overwrite or not (path / NAME).exists())
+        files, skipped = _texts(self.folder)
+        report_skipped(out, skipped)
         characters = sum(len(f.text) for f in files)
         out.print(f"{len(files):,} files, {characters:,} characters from {self.folder}", soft_wrap=True)
         with _Interruptible(path):
-            made = build_bank(loaded, files, path, overwrite=self.overwrite)
+            unread = [one.path for one in skipped if one.unread]
+            made = build_bank(loaded, files, path, overwrite=self.overwrite, unread=unread)
         _report(out, made, self.model)
 
 
@@ -67,16 +66,15 @@ class Append(Command):
     """Folder of the model that built the bank; by default the copy inside the bank."""
 
     def run(self) -> None:
-        from memjax.data import read_folder
         from memjax.lm.build import append_files
 
         out = self.start()
         if not self.files:
             raise ConfigError("FILES: names nothing to append")
-        loaded = _model(self.bank, self.model, "append")
+        loaded = _model(self.bank, self.model, new=False)
         files, skipped = [], []
         for place in self.files:
-            for found, all_ in zip(read_folder(place), (files, skipped), strict=True):
+            for found, all_ in zip(_texts(place), (files, skipped), strict=True):
                 all_ += found
         report_skipped(out, skipped)
         with _Interruptible(self.bank):
@@ -84,21 +82,41 @@ class Append(Command):
         _report(out, made, self.model)
 
 
-# ---------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------------- files and the model
 
 
-def _model(bank: Path, folder: Path | None, command: str) -> Any:
-    """The model that a command is to read files with."""
-    from memjax.in_storage.bank_manifest import NAME, read_manifest
+def _texts(place: Path) -> tuple[list[Any], list[Any]]:
+    """What `read_folder` finds, without banks, which are no texts wherever they lie.
+
+    Raises DataError where nothing is left, as `read_folder` does.
+    """
+    from memjax.data import read_folder
+    from memjax.in_storage.bank_manifest import is_bank
+
+    files, skipped = read_folder(place)
+    folders = {folder for one in (*files, *skipped) for folder in Path(one.path).parents}
+    banks = {folder for folder in folders if place.is_dir() and is_bank(place / folder)}
+    files, skipped = ([one for one in of if banks.isdisjoint(Path(one.path).parents)] for of in (files, skipped))
+    if not files:
+        raise DataError(f"{place}: the folder holds no text file but in a bank")
+    return files, skipped
+
+
+def _model(bank: Path, folder: Path | None, new: bool) -> Any:
+    """The model that reads the files. new: the bank may become another model's; the packaged one, if it has none."""
+    from memjax.in_storage.bank_manifest import read_manifest
     from memjax.lm.bank_model import model_of
     from memjax.lm.files import load_model
     from memjax.lm.packaged import PACKAGED
 
     if folder is not None:
         return load_model(folder)
-    if command == "build" and not (bank / NAME).exists():
-        return load_model(PACKAGED)
-    return model_of(bank, read_manifest(bank), None)
+    try:
+        return model_of(bank, read_manifest(bank), None)
+    except BankError:  # none, damaged, or of another version
+        if not new:
+            raise
+    return load_model(PACKAGED)
 
 
 # ---------------------------------------------------------------------------------------------- what was done
@@ -145,9 +163,3 @@ def _list(out: Console, kind: str, paths: Sequence[str]) -> None:
         out.print(Text(f"  {kind} {printable(path)}", "dim"), soft_wrap=True)
     if len(paths) > LISTED:
         out.print(f"  and {len(paths) - LISTED:,} more {kind}", style="dim")
-
-
-def _below(folder: Path, path: Path) -> str:
-    """The path as `read_folder` names what lies in the folder; one that no name begins with, if it lies elsewhere."""
-    folder, path = folder.resolve(), path.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else "\0"

@@ -51,6 +51,8 @@ class Serve(Asking):
 
     host: str = "127.0.0.1"
     """Address to listen on. Whoever reaches it can read the bank; by default nobody but this machine."""
+    name: tuple[str, ...] = ()
+    """Other names that the server is reached by, such as that of a proxy; requests to any other name are refused."""
     port: int = 8000
     """Port to listen on; 0 takes any that is free."""
 
@@ -58,7 +60,7 @@ class Serve(Asking):
         try:
             import uvicorn
 
-            from memjax.serve import ServedBank, loopback_names, make_app
+            from memjax.serve import ServedBank, is_loopback, known_hosts, make_app
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
                 raise
@@ -70,10 +72,10 @@ class Serve(Asking):
             bank = ServedBank(self.bank, self.open, self.passages, self.words)
             bank.warm_up()
             about, (address, port) = bank.about(), listening.getsockname()[:2]
-            hosts = loopback_names(address, self.host)
+            hosts = known_hosts(address, self.host, *self.name)
             holds = f"{count(about['documents'], 'document')}, {about['tokens']:,} tokens"
             out.print(f"{printable(about['bank'])}: {holds}; ready after {time.perf_counter() - began:.1f} s")
-            if hosts is None:
+            if not is_loopback(address):
                 out.print(f"whoever reaches {address} can ask this bank and read what it holds", style="yellow")
             host = f"[{self.host}]" if ":" in self.host else self.host
             out.print(Text.assemble((f"http://{host}:{port}", "bold green"), ("   Ctrl-C ends it", "dim")))

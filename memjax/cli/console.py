@@ -38,8 +38,9 @@ class Command:
 
 def console(stderr: bool = False) -> Console:
     """Standard output as it is now; off a terminal wide enough that tables are not folded."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, highlight=False, width=140)
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False}  # names of files may hold brackets
+    found = Console(**plain)
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(**plain, width=140)
 
 
 def error(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from memjax.data.encodings import decode
 from memjax.data.markup import html_text, is_html, notebook_text
-from memjax.data.pdf import pdf_text
+from memjax.data.pdf import NoReader, pdf_text
 from memjax.errors import DataError
 
 SKIPPED_FOLDERS = ("__pycache__", "node_modules")
@@ -36,6 +36,8 @@ class Skipped(NamedTuple):
 
     path: str
     reason: str
+    unread: bool = False
+    """It could not be read here and now, so what it holds is not known; or, of a folder, what is below it."""
 
 
 def read_folder(
@@ -164,9 +166,11 @@ def _read(path: Path, name: str, max_bytes: int, inside: Path | None = None) -> 
         if size > max_bytes:
             return Skipped(name, f"too large: {size} bytes, over max_bytes = {max_bytes}")
     except OSError as error:
-        return Skipped(name, _why(error))
+        return Skipped(name, _why(error), unread=error.errno != errno.ENOENT)
     try:
         file = _file(name, data, max_bytes)
+    except NoReader as error:
+        return Skipped(name, str(error), unread=True)
     except DataError as error:
         return Skipped(name, str(error))
     if not file.text.strip():

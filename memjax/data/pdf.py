@@ -10,17 +10,22 @@ from memjax.errors import DataError
 CHARACTERS = 4  # of text and of drawing commands, for each byte that a file may have; what unpacks to more is a bomb
 
 
+class NoReader(DataError):
+    """The library that reads such files is not installed."""
+
+
 def pdf_text(data: bytes, max_bytes: int) -> Extract:
     """The pages, a blank line between two, with the number of the page for each line.
 
     Raises:
-      DataError: why it can't be read: no pypdf, encrypted, broken, without text (pictures of pages), too large.
+      NoReader: there is no pypdf.
+      DataError: why it can't be read: encrypted, broken, without text (pictures of pages), too large.
     """
     try:
         import pypdf
         from pypdf.errors import DependencyError, FileNotDecryptedError, LimitReachedError
     except ImportError:
-        raise DataError("PDF: needs pypdf: pip install 'memjax[pdf]'") from None
+        raise NoReader("PDF: needs pypdf: pip install 'memjax[pdf]'") from None
     log = logging.getLogger("pypdf")  # it would tell of every oddity that it mends
     level = log.level
     log.setLevel(logging.CRITICAL + 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 from memjax.errors import BankError
 from memjax.in_storage import bank_disk as disk
 from memjax.in_storage.bank_manifest import (
+    MODEL_COPIES,
     NAME,
     UNFINISHED,
     base_of,
@@ -60,13 +61,16 @@ class Change:
                 self._made = _make(path)
         self._lock = disk.lock(path)
         try:
+            self._made = self._made and not any(path.iterdir())  # another may have built its bank before the lock
             if new is not None:
                 check_target(path, overwrite)
             self._begin(new)
         except BaseException:
-            os.close(self._lock)
-            if self._made:
-                disk.remove(path)
+            try:
+                if self._made:
+                    disk.remove(path)
+            finally:
+                os.close(self._lock)
             raise
 
     def _begin(self, new: dict | None) -> None:
@@ -151,7 +155,7 @@ class Change:
         self.finished = True
 
     def finish_deletion(self) -> None:
-        """Write what `delete` hid, and leave an unfinished change of another command as it is."""
+        """Write what `delete` hid; an unfinished update or `append` of another command can still be gone on with."""
         self._replacing = True
         write_manifest(self.path, self.manifest)
 
@@ -169,6 +173,9 @@ class Change:
     def _forget(self) -> None:
         self._done = []
         self._clean()
+        if not (self.path / NAME).exists():
+            for copy in MODEL_COPIES:
+                disk.remove(self.path / copy)
         disk.remove(self.path / UNFINISHED)  # last: it says that the folder is a bank
 
     def _clean(self) -> None:

@@ -86,9 +86,12 @@ def lock(directory: Path) -> int:
         # Whoever had the lock before may have removed the directory.
         if not os.path.samestat(os.fstat(handle), os.stat(directory)):
             raise FileNotFoundError
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         os.close(handle)
         raise BankError(f"{directory}: another process is changing this bank") from None
+    except OSError as error:  # a file system without locks
+        os.close(handle)
+        raise BankError(f"{directory}: can't be locked: {error.strerror}") from None
     return handle
 
 

@@ -106,9 +106,10 @@ class Compacted(NamedTuple):
 def compact(path: str | Path) -> Compacted:
     """Write what lives into one segment, and drop the rest from the disk. Killed at any moment it leaves a good bank.
 
-    Documents are numbered anew, in their order, so numbers that somebody kept mean others afterwards; what a search
-    finds, its scores and texts stay, bit for bit. An unfinished change of the bank is thrown away. Room is needed for
-    the old bank and the new one. For readers that have the bank open see `memjax.in_storage.bank_reader`.
+    Documents are numbered anew, in their order, those that share another's text last, so numbers that somebody kept
+    mean others afterwards; what a search finds, its scores and texts stay, bit for bit. An unfinished change is thrown
+    away. Room is needed for the old bank and the new one. For readers that have the bank open see
+    `memjax.in_storage.bank_reader`.
 
     Raises:
       BankError: the bank is damaged, or every document is deleted.
@@ -117,9 +118,9 @@ def compact(path: str | Path) -> Compacted:
         opened = open_bank(path)
         segments, dropped = len(opened.manifest["segments"]), len(opened.manifest["deleted"])
         living = opened.living()
-        change.resume("")
         if not living.size:
             raise BankError(f"{path}: every document is deleted; append some, or remove the bank")
+        change.resume("")
         if segments > 1 or dropped:
             change.manifest.update(segments=[], deleted=[])
             change.segment_chunks = int(opened.bank.doc_len.sum())

@@ -17,6 +17,7 @@ from memjax.in_storage.bank_disk import storage_errors
 
 FORMAT, VERSION = "memjax-bank", 2
 NAME, UNFINISHED = "manifest.json", "unfinished.json"
+MODEL_COPIES = ("model", "model.new")  # folders beside them, see memjax.lm.bank_model
 LARGEST = 2**31 - 1  # chunks and documents are int32 in a Bank
 SHA256 = re.compile("[0-9a-f]{64}")
 SEGMENT = {

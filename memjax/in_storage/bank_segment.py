@@ -88,6 +88,9 @@ def check_block(block: Block, manifest: dict) -> None:
         if a.min() < 0 or a.max() >= manifest["vocab"]:
             raise BankError(f"block: document {i} has ids {a.min()}..{a.max()}, needs 0..{manifest['vocab'] - 1}")
         check_path(path, f"block: document {i}")
+    for name in ("first_line", "last_line"):
+        if p and min(map(int, getattr(block, name))) < 0:
+            raise BankError(f"block: {name} is {min(map(int, getattr(block, name)))}, needs counts")
     for name in ("rk", "k", "v"):
         if not np.isfinite(np.asarray(getattr(block, name)).astype(np.float32)).all():
             raise BankError(f"block: {name} holds NaN or infinity, which would win every search or spoil what is read")

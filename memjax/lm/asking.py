@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from memjax.data.corpus import Document
-from memjax.errors import ConfigError
+from memjax.errors import BankError, ConfigError
 from memjax.in_storage.bank_files import OpenBank, open_bank
 from memjax.lm.bank_model import model_of
 from memjax.lm.files import LoadedModel
@@ -49,14 +49,20 @@ def open_with_model(bank: Path, model: Path | None = None, location: Location = 
     """A bank and the model that built it, by default the copy inside the bank.
 
     Raises:
-      BankError: the bank can't be opened, or it is another model's.
+      BankError: the bank can't be opened, it is another model's, or all of its documents are deleted.
       CheckpointError, ConfigError, TokenizerError: the model can't be loaded, or was not trained to read a bank.
     """
     opened = open_bank(bank)
+    if not len(opened.living()):
+        raise BankError(f"{bank}: every document is deleted, so there is nothing to ask")
     loaded = model_of(bank, opened.manifest, model)
     if loaded.reading is None:
         raise ConfigError(f"{model or bank}: its model has no reading settings, so it can't ask a bank")
-    return loaded, opened if location == "disk" else open_bank(bank, location=location)
+    if location != "disk":
+        opened = open_bank(
+            bank, location=location, model_hash=loaded.hash, tokenizer_hash=loaded.tokenizer.hash
+        )  # another may have built it anew meanwhile
+    return loaded, opened
 
 
 def ask(

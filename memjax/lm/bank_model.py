@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 
 from memjax.errors import BankError, CheckpointError
+from memjax.in_storage.bank_manifest import MODEL_COPIES
 from memjax.lm.files import LoadedModel, is_model, load_model, model_hash, save_model
 
 COPIED_MODEL = 64 << 20  # bytes of parameters up to which a bank carries its model
-COPY, NEXT = "model", "model.new"
+COPY, NEXT = MODEL_COPIES
 
 
 def copied_model(bank: Path, hash_: str) -> Path:
@@ -34,9 +35,13 @@ def model_of(bank: Path, manifest: dict, folder: Path | None = None) -> LoadedMo
     return loaded
 
 
-def copy_model(bank: Path, loaded: LoadedModel) -> None:
-    """Put a copy into the bank, before its manifest says whose bank it is; not of a large model."""
-    if loaded.model.param_bytes() >= COPIED_MODEL or model_hash(copied_model(bank, loaded.hash)) == loaded.hash:
+def copy_model(bank: Path, loaded: LoadedModel, anew: bool) -> None:
+    """Put a copy into the bank, before its manifest says whose bank it is; not of a large model.
+
+    anew: even where a copy with its hash is there, which may be damaged, or read documents of another length.
+    """
+    there = not anew and model_hash(copied_model(bank, loaded.hash)) == loaded.hash
+    if there or loaded.model.param_bytes() >= COPIED_MODEL:
         return
     place = bank / (NEXT if (bank / COPY).exists() else COPY)
     if place.exists():  # of a change that came to nothing

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ def build_bank(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    unread: Collection[str] = (),
     progress: bool = True,
 ) -> BankSummary:
     """Read files into a bank, or bring the bank that is there up to date with them.
@@ -71,6 +72,8 @@ def build_bank(
       files: as `memjax.data.read_folder` gives them.
       path: of the bank.
       overwrite: read everything anew, with any model; the bank that is there is replaced at the end.
+      unread: files, and folders, that are there and could not be read (`memjax.data.Skipped`): what a bank has of them
+        stays.
       progress: show documents, tokens, tokens/s and bytes.
 
     Raises:
@@ -78,7 +81,7 @@ def build_bank(
       BankError: the bank is another model's, or cut otherwise, or damaged; or there is something else at `path`.
       DataError: the files hold no text, or two have one path.
     """
-    return _write(loaded, files, Path(path), overwrite=overwrite, appended=False, progress=progress)
+    return _write(loaded, files, Path(path), overwrite=overwrite, unread=unread, progress=progress)
 
 
 def append_files(
@@ -88,11 +91,18 @@ def append_files(
 
     No other file is touched, and `build_bank` does not remove what was appended. Arguments and errors of `build_bank`.
     """
-    return _write(loaded, files, Path(path), overwrite=False, appended=True, progress=progress)
+    return _write(loaded, files, Path(path), appended=True, progress=progress)
 
 
 def _write(
-    loaded: LoadedModel, files: Sequence[File], path: Path, *, overwrite: bool, appended: bool, progress: bool
+    loaded: LoadedModel,
+    files: Sequence[File],
+    path: Path,
+    *,
+    overwrite: bool = False,
+    appended: bool = False,
+    unread: Collection[str] = (),
+    progress: bool,
 ) -> BankSummary:
     began = time.perf_counter()
     reading, layer, rows = reading_shape(loaded)
@@ -100,8 +110,9 @@ def _write(
     fresh = overwrite or not (appended or (path / NAME).exists())
     with Change(path, _manifest(loaded, reading, layer) if fresh else None, overwrite) as change:
         opened = None if fresh else _opened(path, loaded, reading)
-        changes, gone = compare(opened, sources, keep_others=appended)
-        todo = [f for f in files if f.path in {*changes.new, *changes.changed}]
+        changes, gone = compare(opened, sources, keep_others=appended, unread=unread)
+        differ = {*changes.new, *changes.changed}
+        todo = [f for f in files if f.path in differ]
         read = resumed = 0
         if todo or gone or fresh:
             documents, shas = cut_files(todo, loaded.tokenizer, reading.document_tokens, needed=fresh)
@@ -117,7 +128,7 @@ def _write(
                 source = sources[documents.paths[documents.path_index[i]]]
                 change.refer(source, int(documents.first_line[i]), int(documents.last_line[i]), shas[i])
             change.delete(gone)
-            copy_model(path, loaded)
+            copy_model(path, loaded, anew=fresh)
             change.finish()
         elif not appended:
             change.resume("")  # an update that was interrupted and is no longer wanted
@@ -200,7 +211,7 @@ def reading_shape(loaded: LoadedModel) -> tuple[ReadingSettings, MSA, int]:
         layers = pooling.router_layers(loaded.model)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
-    shapes = {(m.kv_heads, m.head_dim, m.pool, m.capacity, m.documents) for m in layers}
+    shapes = {(m.kv_heads, m.head_dim, m.pool, m.capacity, m.documents, m.top_k) for m in layers}
     if len(shapes) > 1:
         raise ConfigError(f"model: its router layers differ in shape: {sorted(shapes)}; one bank holds one shape")
     layer, width = layers[0], loaded.reading.document_tokens

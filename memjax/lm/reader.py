@@ -160,18 +160,18 @@ def prepare(
     if (longest := max(map(len, first))) > window:
         raise ConfigError(f"question: has {longest} tokens, the model's window is {window}")
     ids, valid = reading.pad_left(first, question_width or _round_up(longest))
-    depth = RANKED if words else 1
+    depth = max(read, RANKED if words else 1)
     state, routing = ask(model, params, bank, jnp.asarray(ids), jnp.asarray(valid), depth=depth)
-    passages = agree(routing, max(read, depth))
+    passages = agree(routing, depth)
+    routing = routing._replace(documents=routing.documents[..., :chosen], scores=routing.scores[..., :chosen])
     if words:
         passages = [fuse(found, words.rank(q, RANKED)) for found, q in zip(passages, questions, strict=True)]
-        routing = routing._replace(documents=routing.documents[..., :chosen], scores=routing.scores[..., :chosen])
     passages = [found[:read] for found in passages]
     texts = [  # the best passage last, next to the question
         reading.reading(special, [document_ids(d) for d, _ in reversed(p)], q)
         for p, q in zip(passages, asked, strict=True)
     ]
-    if (needed := longest + max(map(len, texts)) + steps) > window:
+    if (needed := max(len(q) + len(text) for q, text in zip(first, texts, strict=True)) + steps) > window:
         raise ConfigError(
             f"answer: question, passages and answer are {needed} tokens, the model's window is {window}; "
             "ask for fewer passages, or a shorter question"

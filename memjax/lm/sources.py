@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,8 +43,13 @@ def _sha256(file: File) -> str:
     return digest.hexdigest()
 
 
-def compare(opened: OpenBank | None, sources: dict[str, Source], keep_others: bool) -> tuple[FileChanges, list[int]]:
-    """What became of each file, and the documents that go."""
+def compare(
+    opened: OpenBank | None, sources: dict[str, Source], keep_others: bool, unread: Collection[str] = ()
+) -> tuple[FileChanges, list[int]]:
+    """What became of each file, and the documents that go.
+
+    unread: files and folders that are there and could not be read: what the bank has of them stays.
+    """
     changes, gone = FileChanges(), []
     there: dict[str, list[tuple[Source, list[int]]]] = {}
     for source, rows in (opened.files() if opened else {}).items():
@@ -54,7 +59,8 @@ def compare(opened: OpenBank | None, sources: dict[str, Source], keep_others: bo
         (changes.unchanged if same else changes.changed if path in there else changes.new).append(path)
         gone += [row for s, rows in there.get(path, ()) if s.sha256 != source.sha256 for row in rows]
     for path in there.keys() - sources.keys() if not keep_others else ():
-        if not all(s.appended for s, _ in there[path]):
+        unknown = any(path == place or path.startswith(f"{place}/") for place in unread)
+        if not unknown and not all(s.appended for s, _ in there[path]):
             changes.removed.append(path)
             gone += [row for _, rows in there[path] for row in rows]
     changes.removed.sort()

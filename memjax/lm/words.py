@@ -10,6 +10,8 @@ import logging
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from memjax.errors import DataError
 
 FADED = 60  # of 1 / (FADED + rank): how fast a rank loses weight, as published
@@ -19,7 +21,7 @@ Ranking = list[tuple[int, float]]
 
 
 class WordIndex:
-    """BM25 over texts. Words are runs of letters and digits, in lower case; nothing is stemmed or left out.
+    """BM25 over texts. Words are runs of letters, digits and "_", in lower case; nothing is stemmed or left out.
 
     Args:
       texts: one for each document; None or a text without a word is never found.
@@ -45,8 +47,9 @@ class WordIndex:
         if self._empty or not asked:
             return []
         scores = self._index.get_scores(asked)
-        best = sorted((i for i in scores.nonzero()[0].tolist()), key=lambda i: (-scores[i], i))[:count]
-        return [(i, float(scores[i])) for i in best]
+        found = scores.nonzero()[0]
+        best = found[np.argsort(-scores[found], kind="stable")[:count]]
+        return list(zip(best.tolist(), scores[best].tolist(), strict=True))
 
 
 def words(text: str) -> list[str]:

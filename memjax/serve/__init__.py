@@ -20,4 +20,5 @@ Questions are answered one after the other; seconds are counted from a question'
 
 from memjax.serve.app import make_app as make_app
 from memjax.serve.bank import ServedBank as ServedBank
-from memjax.serve.guard import loopback_names as loopback_names
+from memjax.serve.guard import is_loopback as is_loopback
+from memjax.serve.guard import known_hosts as known_hosts

@@ -27,8 +27,8 @@ from memjax.serve.guard import Guard
 Events = Iterator[dict[str, Any]]
 
 
-def make_app(bank: ServedBank, hosts: frozenset[str] | None) -> Starlette:
-    """The application. hosts: the names under which it may be asked, without port; None: any."""
+def make_app(bank: ServedBank, hosts: frozenset[str]) -> Starlette:
+    """The application. hosts: the names under which it may be asked, without port."""
     turn = anyio.Lock()  # one question at a time, on one thread: more would only wait for the same device
     page = resources.files("memjax.serve").joinpath("page.html").read_text(encoding="utf-8")
     policy = {"Content-Security-Policy": _policy(page)}

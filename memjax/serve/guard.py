@@ -8,6 +8,7 @@ resolve to 127.0.0.1, as if it were of this site. Hence the checks of Host and O
 from __future__ import annotations
 
 import ipaddress
+import socket
 from urllib.parse import urlsplit
 
 import anyio
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LIMIT = 64 << 10  # bytes of a body
 SECONDS = 20  # to send it in
+ANY_ADDRESS = "any IP address"
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -25,19 +27,27 @@ HEADERS = {
 }
 
 
-def loopback_names(address: str, *others: str) -> frozenset[str] | None:
-    """The hosts that a browser may name when the server listens on an address; None: any, for others can reach it."""
-    loopback = ipaddress.ip_address(address).is_loopback
-    return frozenset({"localhost", "127.0.0.1", "::1", address, *map(str.lower, others)}) if loopback else None
+def known_hosts(address: str, *names: str) -> frozenset[str]:
+    """The hosts that a browser may name when the server listens on an address.
+
+    Where others can reach it, any address will do, since only a name can be made to resolve to another machine.
+    """
+    others = () if is_loopback(address) else (ANY_ADDRESS, socket.gethostname().lower())
+    return frozenset({"localhost", "127.0.0.1", "::1", address, *map(str.lower, names), *others})
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this machine can reach an address."""
+    return ipaddress.ip_address(address).is_loopback
 
 
 class Guard:
     """An ASGI middleware that refuses unknown hosts, other sites' pages, and large or slow bodies.
 
-    hosts: those that a request may name, without port; None: any.
+    hosts: those that a request may name, without port.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None):
+    def __init__(self, app: ASGIApp, hosts: frozenset[str]):
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,10 +98,11 @@ async def _body(headers: Headers, receive: Receive) -> tuple[bytes, tuple[int, s
     return bytes(body), (408, f"body: did not arrive within {SECONDS} seconds") if more else None
 
 
-def _refused(scope: Scope, hosts: frozenset[str] | None) -> tuple[int, str] | None:
+def _refused(scope: Scope, hosts: frozenset[str]) -> tuple[int, str] | None:
     headers = Headers(scope=scope)
     host, origin = headers.get("host", ""), headers.get("origin")
-    if hosts is not None and _parts(f"//{host}")[1] not in hosts:
+    name = _parts(f"//{host}")[1]
+    if name not in hosts and not (ANY_ADDRESS in hosts and _is_address(name)):
         return 421, f"Host: is {host!r}, needs one of {', '.join(sorted(hosts))}"
     if scope["method"] in ("GET", "HEAD"):  # a page may link here, and can't read what comes
         return None
@@ -99,6 +110,13 @@ def _refused(scope: Scope, hosts: frozenset[str] | None) -> tuple[int, str] | No
     if other or headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return 403, f"Origin: is {origin!r}, needs this site"
     return None
+
+
+def _is_address(name: str | None) -> bool:
+    try:
+        return bool(name and ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 def _parts(url: str) -> tuple[str, str | None]:

@@ -1,5 +1,9 @@
 """The second day of a bank, as a user types it: a folder changes, the bank follows."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from memjax.in_storage.bank_files import open_bank
@@ -97,6 +101,58 @@ def test_overwrite_with_another_model_brings_its_copy(run, models, built, corpus
     assert run("bank", "build", corpus, "--model", models / "m1", "--overwrite")[0] == 0
     assert sorted(p.name for p in built.iterdir()) == ["manifest.json", "model", "segment-00000001"]
     assert run("bank", "ask", built, QUESTION)[0] == 0
+
+
+def test_overwrite_of_a_bank_of_another_version_needs_no_model_named(run, built, corpus):  # noqa: F811
+    manifest = built / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    assert_refused(run("bank", "build", corpus), "manifest.json: field 'version' is 1, needs 2")
+    assert run("bank", "build", corpus, "--overwrite")[0] == 0
+    assert run("bank", "verify", built)[0] == 0
+
+
+def test_banks_are_no_texts_wherever_they_lie(run, built, corpus, tmp_path):  # noqa: F811
+    inside = corpus / "sub" / "old.bank"
+    built.rename(inside)
+    assert run("bank", "build", corpus)[0] == 0
+    assert living(built) == ["a.txt", "b.md", "sub/c.txt"]
+    (corpus / "d.txt").write_text("One more.\n")
+    assert run("bank", "append", built, corpus)[0] == 0
+    assert living(built) == ["a.txt", "b.md", "d.txt", "sub/c.txt"]
+    (tmp_path / "only").mkdir()
+    inside.rename(tmp_path / "only" / "a.bank")
+    before = tree(built)
+    refused = run("bank", "build", tmp_path / "only", "--bank", built)
+    assert_refused(refused, "only: the folder holds no text file but in a bank")
+    assert tree(built) == before
+
+
+def test_a_file_that_can_not_be_read_today_stays(run, built, corpus, monkeypatch):  # noqa: F811
+    opened = Path.open
+
+    def closed(self, *args, **options):
+        if self == corpus / "b.md":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    code, out, _ = run("bank", "build", corpus)
+    assert code == 0 and "skipped 1 file" in out and "nothing to do" in out
+    assert living(built) == ["a.txt", "b.md", "sub/c.txt"]
+
+
+def test_names_in_brackets_are_printed_as_they_are(run, models, corpus):  # noqa: F811
+    folder = corpus.rename(corpus.parent / "[draft] x[/y]".replace("/", "|"))
+    code, out, _ = run("bank", "build", folder, "--model", models / "m0", "--bank", "[bold] b.bank")
+    assert code == 0 and "characters from " in out and str(folder) in out and "ask [bold] b.bank" in out
+    assert "[bold] b.bank" in run("bank", "verify", "[bold] b.bank")[1]
+
+
+def test_nothing_left_to_ask(run, built):  # noqa: F811
+    assert run("bank", "delete", built, "*")[0] == 0
+    for command in ("ask", "serve"):
+        refused = run("bank", command, built, *([QUESTION] if command == "ask" else ["--port", 0]))
+        assert_refused(refused, "every document is deleted, so there is nothing to ask")
 
 
 def test_an_interrupted_build_goes_on(run, models, corpus, monkeypatch, tmp_path):  # noqa: F811

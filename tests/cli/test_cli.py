@@ -1,5 +1,6 @@
 """The commands as a user types them, in this process: what they print, and what they return."""
 
+import io
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from memjax.catalog import CATALOG, Part
 from memjax.cli import listing, main
-from memjax.cli.bank import excerpt
+from memjax.cli.bank import marked_excerpt, without_blank_lines
 from memjax.cli.console import console, printable, report_skipped, size
 from memjax.cli.listing import at_dim, reflowed
 from memjax.combinators import Residual
@@ -349,7 +350,7 @@ def test_build_ask_info(run, models, corpus, tmp_path):
 
     code, out, err = run("bank", "ask", "texts.bank", QUESTION, "--passages", 3)
     assert (code, err) == (0, "")
-    assert re.search(r"\n(no word|first word after \d+\.\d s), \d+\.\d s in all, compilation included\n", out)
+    assert re.search(r"\n(no word|first word after \d+\.\d\d s), \d+\.\d\d s in all, compilation included\n", out)
     answer, passages = out.split("read from\n")
     assert answer.splitlines()[2] == "answer"
     assert sorted(line.split()[1] for line in passages.splitlines() if "score" in line) == [
@@ -374,6 +375,25 @@ def test_build_ask_info(run, models, corpus, tmp_path):
     code, out, _ = run("bank", "info", "texts.bank")
     assert code == 0
     assert "3 of 3 files" in out and "a copy is in the bank" in out and "sub/c.txt" in out and "segments: 1" in out
+
+
+def test_questions_from_standard_input(run, models, corpus, monkeypatch):
+    run("bank", "build", corpus, "--model", models / "m0", "--bank", "b")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n{QUESTION * 12}\n  stands alone \n"))
+    code, out, err = run("bank", "ask", "b", "--passages", 3)
+    assert code == 0 and err == "error: question: has 458 tokens, the model's window is 384\n"
+    _, first, refused, second = re.split(r"\n\? .*\n", out)
+    assert refused == "" and "compilation included" in first and "compilation included" not in second
+    alone = run("bank", "ask", "b", QUESTION, "--passages", 3)[1]
+    cited = lambda text: re.findall(r"^  \d  (.*)$", text, re.MULTILINE)  # noqa: E731
+    assert len(cited(first)) == 3 and cited(first) == cited(alone)
+
+
+def test_blank_lines_of_an_answer_are_left_out():
+    said = lambda *pieces: "".join(without_blank_lines(pieces))  # noqa: E731
+    assert said("\n\n", " a\n", "\n", "", "  \n", "  b \n \n c", "\n\n") == "a\n  b \n c"
+    assert said("\n", "\n") == "" and said("one ", "two") == "one two"
+    assert list(without_blank_lines(["one", " two"])) == ["one", " two"]
 
 
 def test_a_bank_without_a_model_named_is_read_by_the_packaged_one(run, corpus):
@@ -466,12 +486,12 @@ def test_a_damaged_model(run, models, corpus, tmp_path):
 
 def test_an_excerpt_shows_the_words_of_the_question():
     text = "x " * 500 + "the Red house has number 7.\n" + "y " * 500
-    shown = excerpt(text, QUESTION, width=80)
+    shown = marked_excerpt(text, QUESTION)
     assert isinstance(shown, Text)
-    assert "Red house has number 7." in shown.plain and len(shown.plain) <= 84
+    assert "Red house has number 7." in shown.plain and len(shown.plain) <= 244
     assert shown.plain.startswith("… ") and shown.plain.endswith(" …")
     assert sorted(shown.plain[s.start : s.end] for s in shown.spans) == ["house", "number"]
-    assert excerpt("short", QUESTION).plain == "short"
+    assert marked_excerpt("short", QUESTION).plain == "short"
 
 
 def test_control_sequences_do_not_reach_the_terminal():

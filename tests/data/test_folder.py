@@ -55,7 +55,7 @@ def test_what_cannot_be_used_is_listed_with_its_reason(tmp_path):
         os.mkfifo(tmp_path / "pipe")
     files, skipped = read_folder(tmp_path, max_bytes=10)
     assert names(files) == ["good.txt"]
-    reasons = dict(skipped)
+    reasons = {one.path: one.reason for one in skipped}
     assert reasons.pop("pipe", "not a regular file") == "not a regular file"
     assert reasons == {
         "big.txt": "too large: 11 bytes, over max_bytes = 10",
@@ -171,9 +171,9 @@ def test_folder_and_file_that_cannot_be_opened_are_listed(tmp_path, monkeypatch)
     files, skipped = read_folder(tmp_path)
     assert files == [File("good.txt", "good")]
     assert skipped == [
-        Skipped("closed", "Permission denied"),
+        Skipped("closed", "Permission denied", unread=True),
         Skipped("gone.txt", "No such file or directory"),
-        Skipped("secret.txt", "Permission denied"),
+        Skipped("secret.txt", "Permission denied", unread=True),
     ]
     with pytest.raises(DataError, match=r"closed: the folder holds no text file \(1 skipped, such as \.: Permission"):
         read_folder(tmp_path / "closed")
@@ -499,7 +499,7 @@ def test_pdf_that_cannot_be_read_says_why(tmp_path, capfd):
     (tmp_path / "good.txt").write_text("good")
     files, skipped = read_folder(tmp_path)
     assert names(files) == ["good.txt"]
-    reasons = dict(skipped)
+    reasons = {one.path: one.reason for one in skipped}
     for name in ("broken", "cyclic", "empty", "none"):
         assert reasons.pop(f"{name}.pdf").startswith("PDF: broken, ")
     assert reasons == {

@@ -1,7 +1,7 @@
 """A change of a bank that dies at any file operation: the bank is the old one or the new one, and the same call run
 again ends in the same bytes as a call that nobody disturbed."""
 
-import contextlib
+import errno
 import resource
 import shutil
 import signal
@@ -165,7 +165,7 @@ def test_a_failure_of_every_file_operation(start, tmp_path, monkeypatch, name):
         path.parent.mkdir()
         if name != "build":
             shutil.copytree(start, path)
-        with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        with monkeypatch.context() as patch:
             deaths = Deaths(patch, n, lambda text: BankError(f"{text}: no space left"), once=True)
             failed = True
             try:
@@ -173,7 +173,6 @@ def test_a_failure_of_every_file_operation(start, tmp_path, monkeypatch, name):
                 failed = deaths.count >= n  # in `suppress`: cleaning up is not worth an error
             except BankError as error:
                 assert "no space left" in str(error)
-            del stack
         if name != "build" or (path / "manifest.json").exists():
             use_all(path)
         if path.exists():
@@ -357,3 +356,56 @@ def test_a_read_only_folder(start, tmp_path, monkeypatch):
         with pytest.raises(BankError, match="/c: Permission denied"):
             write(tmp_path / "c")
     assert tree(path) == before
+
+
+def test_a_bank_that_another_built_before_the_lock_stays(tmp_path, monkeypatch):
+    path, lock = tmp_path / "b", bank_disk.lock
+
+    def late(directory):
+        monkeypatch.setattr(bank_disk, "lock", lock)
+        write(path, BLOCKS)
+        return lock(directory)
+
+    monkeypatch.setattr(bank_disk, "lock", late)
+    with pytest.raises(BankError, match="b: exists; overwrite=True replaces a bank"):
+        write(path, MORE)
+    assert len(use_all(path).documents.path) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("made_by_user", [True, False])
+def test_a_first_build_that_fails_leaves_a_folder_that_the_next_takes(tmp_path, made_by_user):
+    path = tmp_path / "b"
+    if made_by_user:
+        path.mkdir()
+    with pytest.raises(BankError, match="no space left"), BankWriter(path, **ABOUT, plan="these blocks") as writer:
+        writer.append(BLOCKS[0])
+        (path / "model").mkdir()  # the copy of the model, before the manifest
+        (path / "model" / "config.json").write_text("{}")
+        raise BankError("no space left")
+    assert not path.exists()
+    build(path)
+    use_all(path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = write(tmp_path / "b")
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(BankError, match="b: can't be locked: No locks available"):
+        delete_documents(path, [0])
+
+
+def test_a_compaction_that_is_refused_keeps_what_an_interrupted_change_has_done(tmp_path):
+    path = write(tmp_path / "b")
+    with pytest.raises(BankError), Change(path) as change:
+        change.resume("more blocks")
+        for b in MORE:
+            change.append(b)
+        raise BankError("stopped")
+    waiting = unfinished(path)
+    delete_documents(path, range(len(open_bank(path).documents.path)))
+    with pytest.raises(BankError, match="every document is deleted"):
+        compact(path)
+    assert unfinished(path) == waiting > 0

@@ -270,3 +270,13 @@ def test_path_tricks_in_the_note_of_an_unfinished_change(tmp_path):
         append_documents(path, [block([1], len(name))])
         assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
         base = base_of(read_manifest(path))
+
+
+@pytest.mark.parametrize("name", ["first_line", "last_line"])
+def test_lines_are_counts(tmp_path, name):
+    path = write(tmp_path / "b")
+    before = tree(path)
+    one = block([2, 2], 4, "sub/d.txt")
+    with pytest.raises(BankError, match=f"block: {name} is -1, needs counts"):
+        append_documents(path, [one._replace(**{name: [1, -1]})])
+    assert tree(path) == before

@@ -1,6 +1,7 @@
 """A bank of files holds what the model makes of each document alone, and where it came from; or there is none."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,30 @@ def test_a_build_with_another_model_that_dies_before_its_end(loaded, tmp_path, m
     build_bank(other, FILES, path, progress=False)
     assert sorted(p.name for p in path.iterdir() if p.is_dir() and "seg" not in p.name) == ["model"]
     assert load_model(path / "model").hash == other.hash
+
+
+def test_overwrite_brings_a_copy_that_is_whole_and_reads_as_the_bank_was_cut(loaded, tmp_path):
+    path = tmp_path / "b"
+    build_bank(loaded, FILES, path, progress=False)
+    params = path / "model" / "params.safetensors"
+    good = params.read_bytes()
+    params.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    shorter = loaded._replace(reading=replace(loaded.reading, document_tokens=32))
+    build_bank(shorter, FILES, path, overwrite=True, progress=False)
+    assert params.read_bytes() == good and load_model(path / "model").reading.document_tokens == 32
+    assert build_bank(load_model(path / "model"), FILES, path, progress=False).files.unchanged
+
+
+def test_what_could_not_be_read_stays(loaded, tmp_path):
+    path = tmp_path / "b"
+    files = [*FILES, File("closed/a.txt", "behind a door\n"), File("closed.txt", "not behind a door\n")]
+    build_bank(loaded, files, path, progress=False)
+    made = build_bank(loaded, FILES[1:], path, unread=["closed", "notes/0.txt/x"], progress=False)
+    assert made.files.removed == ["closed.txt", "notes/0.txt"]
+    opened = open_bank(path)
+    assert {opened.documents.path[i] for i in opened.living()} == {"closed/a.txt", *(f.path for f in FILES[1:])}
+    made = build_bank(loaded, FILES[1:], path, progress=False)
+    assert made.files.removed == ["closed/a.txt"]
 
 
 def save_other(folder):

@@ -120,6 +120,9 @@ def test_words_and_the_model_choose_together(bank):
     assert together.routing.documents.shape == (3, 2, ROUTER.top_k)  # what was read, not the whole ranking
     assert [d for d, _ in together.passages[1]] != [d for d, _ in model[1]]
     assert len(prepare(read=2, words=found).passages[1]) == 2
+    alone = prepare(read=5)  # more than the layers choose between them: two of five each
+    assert [[d for d, _ in p] for p in alone.passages] == [[d for d, _ in ranking] for ranking in model]
+    assert alone.routing.documents.shape == (3, 2, ROUTER.top_k)
 
 
 def test_a_ranking_is_what_the_layers_agree_on(bank):

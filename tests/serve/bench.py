@@ -15,7 +15,7 @@ from memjax.lm.asking import open_with_model
 from memjax.lm.build import build_bank
 from memjax.lm.files import load_model, save_model
 from memjax.serve import ServedBank, make_app
-from memjax.serve.guard import loopback_names
+from memjax.serve.guard import known_hosts
 from tests.lm import tiny
 
 SCRIPT = "<script>document.title = 1</script>"
@@ -52,7 +52,7 @@ def serve(bank: Path, passages: int | None = None, words: bool = False) -> Serve
 def server(bank: Path):
     """A real server on a free port of this machine: its port."""
     config = uvicorn.Config(
-        make_app(serve(bank), loopback_names("127.0.0.1")), port=0, http="h11", ws="none", lifespan="off",
+        make_app(serve(bank), known_hosts("127.0.0.1")), port=0, http="h11", ws="none", lifespan="off",
         log_level="warning",
     )  # fmt: skip
     running = uvicorn.Server(config)

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import shutil
+import socket
 import threading
 
 import anyio
@@ -14,12 +15,12 @@ from starlette.testclient import TestClient
 from memjax.in_storage.bank_files import compact, delete_files
 from memjax.lm.asking import ask, open_with_model, word_index
 from memjax.serve import bank as served
-from memjax.serve import guard, loopback_names, make_app
+from memjax.serve import guard, known_hosts, make_app
 from tests.lm import tiny
 from tests.serve.bench import TEXTS, build, make_bank, serve, server
 
 MARKUP = sorted(TEXTS)[1]
-LOOPBACK = loopback_names("127.0.0.1")
+LOOPBACK = known_hosts("127.0.0.1")
 HERE = "http://127.0.0.1:8000"
 QUESTION = "Which number belongs to the red house?"
 
@@ -221,8 +222,12 @@ def test_an_unknown_host_is_refused(web, host):
 def test_known_hosts(web, shared):
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:9", "[::1]:8000"):
         assert web.get("/api/bank", headers={"Host": host}).status_code == 200
-    with client(shared, hosts=loopback_names("0.0.0.0")) as anyone:
-        assert anyone.get("/api/bank", headers={"Host": "my.machine:8000"}).status_code == 200
+    refused(web.get("/api/bank", headers={"Host": "192.168.1.7:8000"}), 421, "needs one of")
+    with client(shared, hosts=known_hosts("0.0.0.0", "My.Machine")) as anyone:
+        for host in ("my.machine:8000", "192.168.1.7:8000", "[fe80::1]:8000", socket.gethostname()):
+            assert anyone.get("/api/bank", headers={"Host": host}).status_code == 200
+        # the name of another site may be made to resolve to this machine
+        refused(anyone.get("/api/bank", headers={"Host": "evil.example"}), 421, "needs one of 0.0.0.0, 127.0.0.1")
 
 
 @pytest.mark.parametrize(
