@@ -67,14 +67,14 @@ def packaged_model(record: Record) -> str:
     first, asking = record["passages"][0], record["asking"]
     more = lambda who: sum(row["recall_at_10"][who] > row["recall_at_10"]["BM25"] for row in record["passages"])  # noqa: E731
     said = (
-        f"The model finds more than BM25 in {more('model')} of {len(rows)} folders, both together (`--words`) in "
+        f"The model alone finds more than BM25 in {more('model')} of {len(rows)} folders, both together (`--words`) in "
         f"{more('both')}. "
         f"Recall@10 of {first['questions']} questions, each a few words of a document with a third dropped, in "
         f"{tokens(record['config']['test_tokens'])} tokens; recall@4 and answers of {first['needles']['asked']} "
         f"needles in the same bank. A question to a bank of {asking['tokens'] / 1e6:.1f}M tokens on disk: first word "
         f"after {statistics.median(asking['first_word_seconds']):.2f} s, all of the answer after "
         f"{statistics.median(asking['seconds']):.2f} s, where the process has answered one before. "
-        f"{record['config']['steps']:,} steps of training, one seed. "
+        f"{record['config']['steps'] + record['config']['more_steps']:,} steps of training, one seed. "
     )
     return table(header, rows) + "\n\n" + said + source(record, PACKAGED)
 
