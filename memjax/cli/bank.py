@@ -58,15 +58,15 @@ class Ask(Asking):
         if self.question is not None:
             answer(self.question, compiles=True)
             return 0
-        compiles, refused = True, 0
+        compiles, code = True, 0
         for question in lines(out):
             try:
                 answer(question, compiles)
                 compiles = False
             except ConfigError as why:  # of this question; the next may be a good one
                 error(str(why))
-                refused += 1
-        return int(refused > 0)
+                code = 2
+        return code
 
 
 def lines(out: Console) -> Iterator[str]:

@@ -381,7 +381,7 @@ def test_questions_from_standard_input(run, models, corpus, monkeypatch):
     run("bank", "build", corpus, "--model", models / "m0", "--bank", "b")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n{QUESTION * 12}\n  stands alone \n"))
     code, out, err = run("bank", "ask", "b", "--passages", 3)
-    assert code == 0 and err == "error: question: has 458 tokens, the model's window is 384\n"
+    assert code == 2 and err == "error: question: has 458 tokens, the model's window is 384\n"
     _, first, refused, second = re.split(r"\n\? .*\n", out)
     assert refused == "" and "compilation included" in first and "compilation included" not in second
     alone = run("bank", "ask", "b", QUESTION, "--passages", 3)[1]

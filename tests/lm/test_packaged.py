@@ -56,7 +56,7 @@ def test_a_needle_among_look_alikes_is_found_and_copied(tmp_path):
     build_bank(load_model(PACKAGED), files, tmp_path / "b", progress=False)
     loaded, opened = open_with_model(tmp_path / "b")
     asked = ask(loaded, opened, "The special magic number for quiet river is")
-    assert asked.passages[0].document.path == "100.txt" and "".join(asked.answer).startswith("4829315")
+    assert asked.passages[0].document.path == "100.txt" and "".join(asked.answer).strip() == "4829315"
     questions = ["sailor went orchard October", "farmer library spring came", "doctor mill winter late"]
     found = reader.rank(loaded.model, loaded.params, opened.bank, loaded.tokenizer, questions, 1)
     first = [texts[int(opened.documents.path[ranking[0][0]].removesuffix(".txt"))].split() for ranking in found]

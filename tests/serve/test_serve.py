@@ -356,10 +356,10 @@ def test_questions_are_answered_one_after_the_other_and_the_loop_goes_on(shared,
 def test_who_has_gone_is_not_answered(shared, monkeypatch):
     asked = []
     monkeypatch.setattr(served, "ask", lambda *a, **o: asked.append(a))
-    app = make_app(serve(shared), None)
+    app = make_app(serve(shared), LOOPBACK)
     scope = {
         "type": "http", "method": "POST", "path": "/api/ask", "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
     }  # fmt: skip
     messages = [{"type": "http.request", "body": b'{"question": "why"}'}]
 
