@@ -97,7 +97,10 @@ def copy(root: Path, pattern: str, out: Path) -> None:
             to = out / file.relative_to(base)
             to.parent.mkdir(parents=True, exist_ok=True)
             if file.suffix in GZIP:
-                to.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+                data, to = gzip.decompress(file.read_bytes()), to.with_suffix("")
+                if to.suffix == ".dict":  # UTF-8 by the format, but for a few bytes that would make it no text at all
+                    data = data.decode(errors="replace").encode()
+                to.write_bytes(data)
             else:
                 shutil.copyfile(file, to)
 

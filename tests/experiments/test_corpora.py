@@ -19,6 +19,13 @@ def test_files_are_unpacked_and_links_left_out(tmp_path):
     }
 
 
+def test_a_dictionary_with_a_stray_byte_is_text_all_the_same(tmp_path):
+    (tmp_path / "root" / "dictd").mkdir(parents=True)
+    (tmp_path / "root" / "dictd" / "x.dict.dz").write_bytes(gzip.compress("caf\u00e9 ".encode() + b"\x92s"))
+    corpora.copy(tmp_path / "root", "dictd/*.dict.dz", tmp_path / "out")
+    assert (tmp_path / "out" / "x.dict").read_text("utf-8") == "caf\u00e9 \ufffds"
+
+
 def test_a_corpus_that_is_there_is_left_alone(tmp_path):
     (tmp_path / "train" / "kjv").mkdir(parents=True)
     (tmp_path / "train" / "kjv" / "mine.txt").write_text("kept")
